@@ -1,0 +1,31 @@
+"""Configuration: typed dataclasses, presets and the ``key=value`` grammar. Imports no torch."""
+
+from lightning_dsv3.config.errors import ConfigError, did_you_mean
+from lightning_dsv3.config.model import DeepSeekV3Config, ParameterCount
+from lightning_dsv3.config.presets import preset_names, read_preset
+from lightning_dsv3.config.run import (
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    load_run_config,
+)
+from lightning_dsv3.config.schedule import Mark, Schedule
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DeepSeekV3Config",
+    "Mark",
+    "OptimizerConfig",
+    "ParameterCount",
+    "RunConfig",
+    "Schedule",
+    "ScheduleConfig",
+    "TrainConfig",
+    "did_you_mean",
+    "load_run_config",
+    "preset_names",
+    "read_preset",
+]

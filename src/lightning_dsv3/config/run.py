@@ -1,0 +1,336 @@
+"""A whole run's configuration: presets < YAML < ``key=value``, merged by OmegaConf in struct mode.
+
+    model=tiny train=cpu_demo                select presets (or give a .yaml file) per group
+    study=no_balance                         lay a study's values over the run
+    config=runs/x/config.yaml                lay a whole run's file over the presets
+    model.hidden_size=320 seed=7             change anything; the order of the words does not matter
+
+Every word is checked before anything is built: an unknown key, a value of the wrong type or an impossible value is
+one :class:`ConfigError` that names the key, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from lightning_dsv3.config.errors import ConfigError, did_you_mean
+from lightning_dsv3.config.model import DeepSeekV3Config
+from lightning_dsv3.config.presets import GROUPS, read_preset, read_yaml
+from lightning_dsv3.config.schedule import Mark, Schedule
+
+BALANCE_METHODS = ("aux_free", "sequence", "batch")
+SELECTIONS = ("unbiased", "executed")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the report, section 4.2. Weight decay leaves out norms, biases and every other vector.
+
+    Attributes:
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay on matrices.
+    """
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.optimizer.betas={self.betas}: two numbers in [0, 1) are needed, as in [0.9, 0.95]")
+        if self.eps <= 0 or self.weight_decay < 0:
+            raise ConfigError(
+                f"train.optimizer: eps={self.eps} must be positive and weight_decay={self.weight_decay} not negative"
+            )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What changes with the tokens seen; one block, one scale factor (report, section 4.2).
+
+    Attributes:
+        token_scale: Factor on every mark's ``until``. None fits the last mark of the learning rate to ``total_tokens``.
+        learning_rate: Marks of the learning rate.
+        mtp_loss_weight: Marks of the MTP loss weight lambda.
+        bias_update_rate: Marks of the bias update speed gamma.
+    """
+
+    token_scale: float | None = None
+    learning_rate: list[Mark] = field(default_factory=lambda: [Mark(1.0, 2.2e-4)])
+    mtp_loss_weight: list[Mark] = field(default_factory=lambda: [Mark(1.0, 0.3)])
+    bias_update_rate: list[Mark] = field(default_factory=lambda: [Mark(1.0, 1e-3)])
+
+    def __post_init__(self) -> None:
+        if self.token_scale is not None and not (math.isfinite(self.token_scale) and self.token_scale > 0):
+            raise ConfigError(f"train.schedule.token_scale={self.token_scale}: must be positive, or null to fit the run")
+        for name in ("learning_rate", "mtp_loss_weight", "bias_update_rate"):
+            try:
+                Schedule(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"train.schedule.{name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what portions and with what optimizer a run trains.
+
+    Attributes:
+        total_tokens: Length of the run in tokens; the run ends at the optimizer step that reaches it.
+        sequence_length: Tokens per sequence S.
+        batch_size: Sequences per optimizer step, over all ranks and micro-batches.
+        gradient_clip_norm: Clip the gradient's global norm to this.
+        validate_every_steps: Optimizer steps between validations (and checkpoints).
+        optimizer: AdamW's constants.
+        schedule: Learning rate, MTP weight and bias update rate over tokens.
+    """
+
+    total_tokens: int = 1_000_000
+    sequence_length: int = 256
+    batch_size: int = 8
+    gradient_clip_norm: float = 1.0
+    validate_every_steps: int = 100
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("total_tokens", "sequence_length", "batch_size", "validate_every_steps"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"train.{key}={getattr(self, key)}: must be 1 or more")
+        if self.gradient_clip_norm <= 0:
+            raise ConfigError(f"train.gradient_clip_norm={self.gradient_clip_norm}: must be positive")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps until ``total_tokens`` is reached."""
+        return -(-self.total_tokens // self.tokens_per_step)
+
+    def scheduled(self, name: str) -> Schedule:
+        """Return the schedule ``learning_rate``, ``mtp_loss_weight`` or ``bias_update_rate`` on this run's tokens."""
+        scale = self.schedule.token_scale
+        if scale is None:
+            scale = self.total_tokens / self.schedule.learning_rate[-1].until
+        return Schedule(getattr(self.schedule, name), scale)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is mixed.
+
+    Attributes:
+        weights: Share of each domain in the training sequences; normalised over the domains that are there.
+        cache_dir: Folder for downloads and tokenised text; None for the user's cache folder.
+        offline: Fetch nothing; use what this machine has.
+        num_workers: Processes per loader; 0 loads in the training process.
+        val_windows: At most so many held-out sequences per domain at each validation; 0 for all.
+    """
+
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"english": 0.25, "chinese": 0.25, "code": 0.25, "math": 0.25}
+    )
+    cache_dir: str | None = None
+    offline: bool = False
+    num_workers: int = 0
+    val_windows: int = 32
+
+    def __post_init__(self) -> None:
+        if any(not math.isfinite(w) or w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
+            raise ConfigError(f"data.weights={dict(self.weights)}: weights must not be negative and one must be positive")
+        for key in ("num_workers", "val_windows"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"data.{key}={getattr(self, key)}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class AuxFreeArgs:
+    """Auxiliary-loss-free balancing. ``update_rate`` replaces the schedule's bias_update_rate by a constant."""
+
+    update_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class AuxLossArgs:
+    """A balance loss: its strength alpha, and whether f_i counts the un-biased top-K (report) or the executed one."""
+
+    alpha: float = 1e-4
+    selection: str = "unbiased"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ConfigError(f"balance_args.*.alpha={self.alpha}: must be 0 or more")
+        if self.selection not in SELECTIONS:
+            raise ConfigError(f"balance_args.*.selection={self.selection!r} is not one of {', '.join(SELECTIONS)}")
+
+
+@dataclass(frozen=True)
+class BalanceArgs:
+    """Parameters of each balance method."""
+
+    aux_free: AuxFreeArgs = field(default_factory=AuxFreeArgs)
+    sequence: AuxLossArgs = field(default_factory=AuxLossArgs)
+    # The report gives batch-wise balance no coefficient (4.5.3); 1e-3 is the field's usual strength.
+    batch: AuxLossArgs = field(default_factory=lambda: AuxLossArgs(alpha=1e-3))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one training run needs.
+
+    Attributes:
+        name: Ends the run folder's name.
+        seed: Seeds weights and the order of the data.
+        runs_dir: Where run folders are made.
+        resume: Run folder or checkpoint to go on from; null starts anew.
+        model: The model.
+        train: Length, batch, optimizer and schedules.
+        data: The corpus.
+        balance: Any of aux_free, sequence and batch.
+        balance_args: Parameters of each of them.
+        trainer: Arguments of Lightning's Trainer, as in ``trainer.max_steps=10``.
+    """
+
+    name: str = "tiny"
+    seed: int = 0
+    runs_dir: str = "runs"
+    resume: str | None = None
+    model: DeepSeekV3Config = field(default_factory=DeepSeekV3Config)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    balance: list[str] = field(default_factory=lambda: ["aux_free", "sequence"])
+    balance_args: BalanceArgs = field(default_factory=BalanceArgs)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for method in self.balance:
+            if method not in BALANCE_METHODS:
+                raise ConfigError(f"balance={self.balance}: {method!r}: {did_you_mean(method, BALANCE_METHODS)}")
+        if "aux_free" in self.balance and not self.model.has_routing_bias:
+            raise ConfigError(
+                f"balance={self.balance}: aux_free moves a routing bias and model.topk_method={self.model.topk_method!r} "
+                "has none; use model.topk_method=noaux_tc or leave aux_free out"
+            )
+        if self.train.sequence_length <= self.model.num_nextn_predict_layers + 1:
+            raise ConfigError(
+                f"train.sequence_length={self.train.sequence_length}: too short for "
+                f"model.num_nextn_predict_layers={self.model.num_nextn_predict_layers}; use a longer sequence"
+            )
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"train.sequence_length={self.train.sequence_length}: more than model.max_position_embeddings="
+                f"{self.model.max_position_embeddings}; raise the second or lower the first"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """Return YAML that ``config=FILE`` reads back."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
+
+def load_run_config(words: Sequence[str] = ()) -> RunConfig:
+    """Build a run's configuration from command-line words (see the module docstring).
+
+    Args:
+        words: ``key=value`` words in any order.
+
+    Raises:
+        ConfigError: A word that is not key=value, an unknown key, a wrong type or an impossible value.
+
+    >>> load_run_config(["model.hidden_size=128", "model=tiny", "seed=3"]).model.hidden_size
+    128
+    """
+    pairs = [_split(word) for word in words]
+    selected = {"model": "tiny", "train": "cpu_demo"}
+    layers: list[dict[str, Any]] = []
+    overrides: list[tuple[str, str]] = []
+    for key, value in pairs:
+        if key == "config":
+            layers.append(read_yaml(Path(value), key="config"))
+        elif key in GROUPS:
+            selected[key] = value
+        else:
+            overrides.append((key, value))
+    study = read_preset("study", selected.pop("study")) if "study" in selected else {}
+    named_model = selected["model"]
+    groups = {group: read_preset(group, name) for group, name in selected.items()}
+
+    # A frozen dataclass makes a read-only node; the merge writes, and the typed object at the end is frozen again.
+    merged = OmegaConf.structured(RunConfig)
+    _make_writable(merged)
+    stem = Path(named_model).stem
+    for origin, layer in [("preset", {"name": stem, **groups}), ("study", study), *(("config", x) for x in layers)]:
+        merged = _merge(merged, layer, origin)
+    for key, value in overrides:
+        merged = _override(merged, key, value)
+    try:
+        built = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {_first_line(error)}") from error
+    assert isinstance(built, RunConfig)
+    return built
+
+
+def _split(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError(f"{word!r}: options are given as key=value, as in model=tiny or train.total_tokens=200000")
+    return key, value
+
+
+def _make_writable(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _make_writable(child)
+
+
+def _merge(base: DictConfig, values: Mapping[str, Any], origin: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, OmegaConf.create(dict(values)))
+    except (ConfigKeyError, ValidationError) as error:
+        raise _explain(error, base, origin) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _override(base: DictConfig, key: str, value: str) -> DictConfig:
+    try:
+        layer = OmegaConf.from_dotlist([f"{key}={value}"])
+        merged = OmegaConf.merge(base, layer)
+    except (ConfigKeyError, ValidationError) as error:
+        raise _explain(error, base, f"{key}={value}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}={value}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _explain(error: OmegaConfBaseException, base: DictConfig, origin: str) -> ConfigError:
+    full_key = str(error.full_key or error.key)
+    if isinstance(error, ValidationError):
+        return ConfigError(f"{origin}: {full_key}: {_first_line(error)}")
+    parent, _, leaf = full_key.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent else base
+    known: Iterable[str] = [str(key) for key in node] if isinstance(node, DictConfig) else []
+    prefix = "" if origin.partition("=")[0] == full_key else f"{full_key}: "
+    return ConfigError(f"{origin}: {prefix}there is no such key; {did_you_mean(leaf, known)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""Pure functions on tensors. Each has a plain-torch form that is the truth."""

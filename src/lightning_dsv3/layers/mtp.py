@@ -1,0 +1,50 @@
+"""Multi-token prediction: modules that look further ahead than the next token (report, section 2.2).
+
+Module k = 1..D predicts token i+k+1 at position i, from the state of the module before it (module 0 is the main model)
+and the embedding of token i+k:
+
+    h'_i = M [norm_e(Emb(t_{i+k})) ; norm_h(h^{k-1}_i)]      eq. 21, in the order of the released weights:
+    h^k  = block(h')                                         embedding first, although the report prints it second
+    P    = head(norm(h^k))                                   embedding and head are the main model's
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dsv3.config import DeepSeekV3Config
+from lightning_dsv3.layers.block import TransformerBlock
+from lightning_dsv3.layers.norm import RMSNorm
+from lightning_dsv3.layers.router import RouterOutput
+
+
+class MTPModule(nn.Module):
+    """One module of multi-token prediction, without the embedding and head that it shares."""
+
+    def __init__(self, config: DeepSeekV3Config) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embedding_norm = RMSNorm(d, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
+        self.projection = nn.Linear(2 * d, d, bias=False)
+        self.block = TransformerBlock(config, dense=False)
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_BSD: Tensor, embedding_BSD: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, RouterOutput | None]:
+        """Run the module.
+
+        Args:
+            hidden_BSD: State h^{k-1} of positions i, ``[B, S, D]``.
+            embedding_BSD: Embeddings of the tokens i + k, ``[B, S, D]``.
+            cos: Cosines of the S positions.
+            sin: Sines of the S positions.
+
+        Returns:
+            State h^k before its norm, after its norm, and the block's routing.
+        """
+        joined = torch.cat([self.embedding_norm(embedding_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
+        h_BSD, routing = self.block(self.projection(joined), cos, sin)
+        return h_BSD, self.norm(h_BSD), routing

@@ -1,7 +1,7 @@
 """DeepSeek-V3-style mixture-of-experts language models for PyTorch Lightning.
 
-The names below are imported on first use, so that ``import lightning_dsv3`` and the command line stay quick and
-do not load torch:
+The names below are imported on first use, so that ``import lightning_dsv3`` and the command line stay quick
+and do not load torch:
 
 >>> from lightning_dsv3 import DeepSeekV3Config
 >>> DeepSeekV3Config.__name__

@@ -1,0 +1,1 @@
+"""The command line: ``lightning run model`` and what its scripts read from it."""

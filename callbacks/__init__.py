@@ -1,0 +1,8 @@
+"""Callbacks for any Lightning Trainer."""
+
+from __future__ import annotations
+
+from lightning_dsv3.callbacks.aux_free_balance import AuxFreeBalanceCallback
+from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
+
+__all__ = ["AuxFreeBalanceCallback", "ExpertLoadMonitor"]

@@ -1,0 +1,300 @@
+"""Auxiliary-loss-free load balancing for any Trainer (report, section 2.1.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_dsv3.balance import (
+    NATIVE_ADAPTERS,
+    ObservedRouter,
+    OptimizerStepWatcher,
+    RouterAdapter,
+    RouterObserver,
+    claim_bias,
+    data_parallel_group,
+    find_routers,
+    max_violations,
+    no_router_message,
+    release_bias,
+    require_float32_bias,
+    sum_over_ranks,
+    update_biases,
+)
+
+
+class AuxFreeBalanceCallback(Callback):
+    """Keeps the experts of a mixture of experts equally busy by moving the routers' bias, without a loss.
+
+    It counts the experts that each router chooses in training, adds the counts up over ranks and accumulated
+    micro-batches, and after each optimizer step moves every expert's bias by ``update_rate`` against its load
+    (:func:`lightning_dsv3.ops.balance.bias_step`). Neither the model nor the module has a part in it.
+
+    What counts, exactly:
+
+    * Each training forward, once: several per step add up; a forward that activation checkpointing repeats
+      does not count again; validation, sanity checks and forwards outside a training batch do not count.
+    * One update per optimizer step, at the end of the batch in which ``trainer.global_step`` changes, so also
+      for the short last window of an epoch. Several optimizers, or several steps in one batch, make one
+      update. The bias is then in the checkpoint of the same step.
+    * A step that a gradient scaler skips uses up its counts and moves no bias. A batch for which
+      ``training_step`` returned None under automatic optimization does not count.
+    * Ranks that see different tokens are summed, with one collective per step for all layers together.
+
+    It logs ``moe/max_violation`` (the mean of the layers' MaxVio for the step's whole batch) at every step,
+    as ``MaxVio`` in the progress bar, and ``moe/<layer>/max_violation`` whenever the Trainer writes its logs.
+
+    A checkpoint holds the tokens seen, and within an accumulation window its counts so far (the sum over
+    ranks; after a resume they are with the first rank). Training resumes bit for bit where Lightning does, at
+    optimizer steps.
+
+    It is found by name in one Trainer's checkpoints, works under ``lightning.pytorch.Trainer`` and, passed in
+    a list, under ``pytorch_lightning.Trainer``, and may be used with several models one after the other.
+
+    What it does not do: give a router a bias that has none, train with DeepSpeed, or leave padding out of the
+    counts.
+
+    Args:
+        update_rate: Bias update speed gamma: a number (0.001 in the report; 0 freezes the bias), or a
+            function of the tokens seen, this step's included. A function is called once per step and makes
+            the host wait for the device.
+        routers: How private routers show their choices and bias; tried before the built-in kinds.
+        dry_run: Measure and log only. Routers need no bias then.
+
+    Raises:
+        ValueError: ``update_rate`` is negative or not finite.
+        MisconfigurationException: No router was found, none has a bias, a bias is not float32 or has another
+            owner, a router was not seen in the first training batch, or the strategy accumulates gradients
+            itself.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[AuxFreeBalanceCallback()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        update_rate: float | Callable[[int], float] = 1e-3,
+        routers: Sequence[RouterAdapter] | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__()
+        self.update_rate = update_rate if callable(update_rate) else _valid_rate(update_rate)
+        self.dry_run = dry_run
+        self._adapters = (*(routers or ()), *NATIVE_ADAPTERS)
+        self._observer = RouterObserver([])
+        self._step_watcher = OptimizerStepWatcher()
+        self._group: Any = None
+        self._global_step = 0
+        self._tokens_seen = torch.zeros((), dtype=torch.int64)
+        self._seen_all_routers = False
+        # Counts of the finished batches of an open accumulation window. The observer may hold part of a batch
+        # more.
+        self._window: Tensor | None = None
+        self._restored_window: Mapping[str, Tensor] = {}
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of all ranks that the first router has routed in finished optimizer steps."""
+        return int(self._tokens_seen)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(update_rate={self.update_rate!r}, dry_run={self.dry_run})"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the routers, own their biases, and put the hooks on before anything is compiled."""
+        if stage != "fit":
+            return
+        if trainer.strategy.handles_gradient_accumulation:
+            raise MisconfigurationException(
+                f"{type(trainer.strategy).__name__} accumulates gradients and skips steps by itself: "
+                "neither the Trainer nor AuxFreeBalanceCallback can know when the optimizer has stepped. "
+                "Use DDP, FSDP or ModelParallelStrategy."
+            )
+        self._attach(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to what the module has built in its own ``setup`` or ``configure_model``, and check it."""
+        self._attach(pl_module)
+        if not self._routers:
+            raise MisconfigurationException(no_router_message(pl_module, self._adapters))
+        if self.dry_run:
+            return
+        without_bias = [router.path for router in self._routers if require_float32_bias(router) is None]
+        if len(without_bias) == len(self._routers):
+            raise MisconfigurationException(
+                f"None of the {len(without_bias)} routers of {type(pl_module).__name__} has a routing bias "
+                f"to move ({', '.join(without_bias[:4])}{', ...' if len(without_bias) > 4 else ''}). Give "
+                'them one (topk_method="noaux_tc" in DeepSeekV3Config), or measure only: '
+                "AuxFreeBalanceCallback(dry_run=True)."
+            )
+        if without_bias:
+            rank_zero_warn(f"These routers have no bias and are only measured: {', '.join(without_bias)}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start counting, at 0 or where a checkpoint stopped: the model is on its device and restored."""
+        self._group = data_parallel_group(trainer)
+        self._observer.start(trainer.strategy.root_device)
+        self._step_watcher.watch(trainer.optimizers)
+        self._global_step = trainer.global_step
+        self._tokens_seen = self._tokens_seen.to(trainer.strategy.root_device)
+        self._window = None
+        if self._restored_window:
+            self._window = self._share_of_window(self._restored_window)
+            self._observer.restore(self._window)
+            self._restored_window = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count from here."""
+        self._observer.open()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count to here; move the biases if the optimizer has stepped."""
+        self._observer.close()
+        if pl_module.automatic_optimization and not outputs:
+            self._observer.restore(self._window)
+        elif not self._seen_all_routers:
+            self._require_all_routers_seen()
+        # Optimizers that manual optimization calls past the Trainer do not move global_step, but are seen to
+        # step.
+        if trainer.global_step == self._global_step and not self._step_watcher.seen:
+            self._window = self._observer.snapshot()
+            return
+        self._global_step = trainer.global_step
+        self._window = None
+        counts = self._observer.take(self._group)
+        self._tokens_seen += counts[0].sum() // self._observer.num_experts_per_tok[0]
+        self._move_biases(counts)
+        self._log_violation(trainer, pl_module, counts)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the tokens seen, and the counts of an open accumulation window over all ranks.
+
+        This hook and not ``state_dict``, because Lightning would meet a second owner of the bias with an
+        error about state keys before this class can say what is wrong.
+        """
+        window = {}
+        if self._window is not None:
+            # Windows are open on all ranks or on none, and Lightning saves on all, so the collective is safe.
+            counts = self._observer.split(sum_over_ranks(self._window.clone(), self._group).cpu())
+            window = {
+                router.name: counts_E.clone() for router, counts_E in zip(self._routers, counts, strict=True)
+            }
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {
+            "tokens_seen": self.tokens_seen,
+            "window_counts": window,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read what :meth:`on_save_checkpoint` wrote; the biases themselves are part of the model."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is not None:
+            self._tokens_seen = torch.tensor(state["tokens_seen"], dtype=torch.int64)
+            self._restored_window = dict(state["window_counts"])
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the model."""
+        self._detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        self._detach()
+
+    @property
+    def _routers(self) -> list[ObservedRouter]:
+        return self._observer.routers
+
+    def _attach(self, pl_module: pl.LightningModule) -> None:
+        routers = find_routers(pl_module, self._adapters)
+        if [router.module for router in routers] != [router.module for router in self._routers]:
+            self._detach()
+            self._observer = RouterObserver(routers)
+            self._seen_all_routers = False
+        if not self.dry_run:
+            for router in routers:
+                if router.bias is not None:
+                    claim_bias(router.module, self, router.name)
+        self._observer.attach()
+
+    def _detach(self) -> None:
+        self._observer.detach()
+        self._step_watcher.stop()
+        for router in self._routers:
+            release_bias(router.module, self)
+
+    def _require_all_routers_seen(self) -> None:
+        unobserved = "; ".join(self._observer.unobserved())
+        if unobserved:
+            raise MisconfigurationException(
+                f"Nothing was counted in the first training batch for {unobserved}. A router must be called "
+                "as a module (not through its .forward), in training mode, and compiled only after the "
+                "Trainer's setup hooks; one that is not used in training has to be taken out of the model."
+            )
+        self._seen_all_routers = True
+
+    def _move_biases(self, counts: list[Tensor]) -> None:
+        if self.dry_run:
+            return
+        stepped = self._step_watcher.take()
+        if stepped is False:
+            return
+        rate: float | Tensor = (
+            _valid_rate(self.update_rate(self.tokens_seen))
+            if callable(self.update_rate)
+            else self.update_rate
+        )
+        if isinstance(stepped, Tensor):
+            rate = stepped.to(torch.float32) * rate
+        update_biases(self._routers, counts, rate)
+
+    def _log_violation(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: list[Tensor]
+    ) -> None:
+        violation_L = max_violations(counts)
+        mean = violation_L.nanmean()
+        pl_module.log("moe/max_violation", mean, on_step=True, on_epoch=False)
+        pl_module.log("MaxVio", mean, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        # One value per layer costs more than the update itself; nobody reads it between two writes of the
+        # log.
+        if trainer._logger_connector.should_update_logs:
+            for router, violation in zip(self._routers, violation_L.unbind(), strict=True):
+                pl_module.log(f"moe/{router.name}/max_violation", violation, on_step=True, on_epoch=False)
+
+    def _share_of_window(self, window: Mapping[str, Tensor]) -> Tensor:
+        """Return this rank's part of restored counts: all of them on the first rank, 0 on the others."""
+        shapes = {name: list(counts_E.shape) for name, counts_E in window.items()}
+        expected = {router.name: [router.num_experts] for router in self._routers}
+        if shapes != expected:
+            raise MisconfigurationException(
+                f"The checkpoint was saved within an accumulation window, with counts for {shapes}; the "
+                f"model's routers are {expected}. Resume with the same model, or from a checkpoint at an "
+                "optimizer step."
+            )
+        counts = torch.cat([window[router.name] for router in self._routers])
+        is_first = self._group is None or dist.get_rank(self._group) == 0
+        return (counts if is_first else torch.zeros_like(counts)).to(self._tokens_seen.device)
+
+
+def _valid_rate(rate: float) -> float:
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"update_rate={rate!r} must be a finite number, at least 0 (the report uses 0.001).")
+    return float(rate)

@@ -1,0 +1,194 @@
+"""Which experts do the work in validation, by layer and by domain (report, Figure 9)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_dsv3.balance import (
+    NATIVE_ADAPTERS,
+    RouterAdapter,
+    RouterObserver,
+    data_parallel_group,
+    expert_loads,
+    find_routers,
+    max_over_ranks,
+    max_violations,
+    no_router_message,
+    save_loads,
+)
+
+ALL = "all"
+"""Domain of rows that say nothing about theirs."""
+
+
+class ExpertLoadMonitor(Callback):
+    """Counts the load of every expert in validation.
+
+    The counts are kept by domain when batches carry ``domain`` (integers ``[B]``, one per row, index into the
+    domains' names), else as one domain ``all``. Rows whose ``labels`` are all -100 are padding and do not
+    count. The sanity check does not count. Ranks are summed. A layer that validation does not run is left
+    out.
+
+    After each validation it logs ``val/moe/<layer>/max_violation``, the MaxVio of the whole validation set
+    (MaxVio_global of arXiv 2408.15664), and ``val/moe/max_violation``, their mean. Loads are kept of the
+    first validation and of the last, also over a resume, in the form of the load file::
+
+        {"format": 1, "layers": [name], "domains": [name],
+         "counts": {domain: [[int per expert] per layer]}, "tokens": {domain: n}}
+
+    Args:
+        routers: How private routers show their choices; tried before the built-in kinds.
+        domains: Names of the domains. Default: ``trainer.datamodule.domains``, if there is one.
+
+    Raises:
+        MisconfigurationException: No router was found, or a batch's domain has no name.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> monitor = ExpertLoadMonitor()
+        >>> trainer = Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
+        >>> monitor.loads is None  # until a validation has run
+        True
+    """
+
+    def __init__(
+        self, routers: Sequence[RouterAdapter] | None = None, domains: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.first_loads: dict[str, Any] | None = None
+        self.loads: dict[str, Any] | None = None
+        self._adapters = (*(routers or ()), *NATIVE_ADAPTERS)
+        self._given_domains = domains
+        self._domains: list[str] = []
+        self._observer = RouterObserver([], training=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the last loads to ``path``, atomically.
+
+        Raises:
+            RuntimeError: No validation has run yet.
+        """
+        if self.loads is None:
+            raise RuntimeError("ExpertLoadMonitor has no loads yet: run a validation first.")
+        save_loads(self.loads, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loads as plain containers."""
+        return {"first_loads": self.first_loads, "loads": self.loads}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the loads of a checkpoint."""
+        self.first_loads = state_dict["first_loads"]
+        self.loads = state_dict["loads"]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the hooks on before anything is compiled."""
+        if stage in ("fit", "validate"):
+            self._attach(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to what ``configure_model`` has built, and start at 0."""
+        self._attach(trainer, pl_module)
+        if not self._observer.routers:
+            raise MisconfigurationException(no_router_message(pl_module, self._adapters))
+        self._observer.start(trainer.strategy.root_device)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count from here, by the domain of each row."""
+        if not trainer.sanity_checking:
+            self._observer.open(self._groups(batch))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count to here."""
+        self._observer.close()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum over ranks, keep the loads and log their violation."""
+        if trainer.sanity_checking:
+            return
+        group = data_parallel_group(trainer)
+        counts = self._observer.take(group)
+        # A rank that has had no batch does not know K.
+        num_chosen = max_over_ranks(
+            torch.tensor(self._observer.num_experts_per_tok, device=trainer.strategy.root_device), group
+        )
+        names = [router.name for router in self._observer.routers]
+        by_domain = {
+            domain: [counts_GE[index] for counts_GE in counts]
+            for index, domain in enumerate([*self._domains, ALL])
+        }
+        if self._domains and not any(counts_E.any() for counts_E in by_domain[ALL]):
+            del by_domain[ALL]
+        self.loads = expert_loads(names, by_domain, num_chosen.tolist())
+        self.first_loads = self.first_loads or self.loads
+
+        violation_L = max_violations([counts_GE.sum(dim=0) for counts_GE in counts])
+        # The value is the same on every rank; sync_dist only tells Lightning so.
+        pl_module.log("val/moe/max_violation", violation_L.nanmean(), sync_dist=True)
+        for name, violation in zip(names, violation_L.unbind(), strict=True):
+            if name in self.loads["layers"]:
+                pl_module.log(f"val/moe/{name}/max_violation", violation, sync_dist=True)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the model."""
+        self._observer.detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        self._observer.detach()
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        routers = find_routers(pl_module, self._adapters)
+        domains = self._given_domains or getattr(getattr(trainer, "datamodule", None), "domains", None) or []
+        changed = [router.module for router in routers] != [
+            router.module for router in self._observer.routers
+        ]
+        if changed or list(domains) != self._domains or not self._observer.routers:
+            self._observer.detach()
+            self._domains = list(domains)
+            # One group more than domains, for rows without one.
+            self._observer = RouterObserver(routers, training=False, num_groups=len(self._domains) + 1)
+        self._observer.attach()
+
+    def _groups(self, batch: Any) -> Tensor:
+        """Return the group of each row: its domain, or the last group without one; -1 for padding."""
+        content = batch if isinstance(batch, Mapping) else {}
+        domain_B, labels = content.get("domain"), content.get("labels")
+        if domain_B is None:
+            num_rows = 1 if labels is None else len(labels)
+            domain_B = torch.full((num_rows,), len(self._domains))
+        elif domain_B.numel() and int(domain_B.max()) >= len(self._domains):
+            raise MisconfigurationException(
+                f"The batch has domain {int(domain_B.max())}, and only {len(self._domains)} domains have a "
+                f"name: {self._domains}. Pass ExpertLoadMonitor(domains=[...]), or give the datamodule "
+                "`.domains`."
+            )
+        if labels is not None:
+            is_padding_B = (labels == -100).reshape(len(labels), -1).all(dim=1)
+            domain_B = torch.where(is_padding_B, -1, domain_B.to(labels.device))
+        return domain_B

@@ -1,0 +1,40 @@
+"""Observing routers and owning their bias: what the callbacks are made of.
+
+Nothing here knows a Trainer's hooks. :func:`find_routers` finds the routers of any model,
+:class:`RouterObserver` counts the experts that they choose, :func:`update_biases` applies the report's rule,
+and the ownership functions make sure that one thing alone moves a bias.
+"""
+
+from __future__ import annotations
+
+from lightning_dsv3.balance.adapter import NATIVE_ADAPTERS, DeepSeekV3RouterAdapter, RouterAdapter
+from lightning_dsv3.balance.biases import require_float32_bias, update_biases
+from lightning_dsv3.balance.discovery import ObservedRouter, find_routers, no_router_message
+from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
+from lightning_dsv3.balance.observer import RouterObserver, in_recompute
+from lightning_dsv3.balance.ownership import bias_owner, claim_bias, release_bias
+from lightning_dsv3.balance.ranks import data_parallel_group, max_over_ranks, sum_over_ranks
+from lightning_dsv3.balance.steps import OptimizerStepWatcher
+
+__all__ = [
+    "NATIVE_ADAPTERS",
+    "DeepSeekV3RouterAdapter",
+    "ObservedRouter",
+    "OptimizerStepWatcher",
+    "RouterAdapter",
+    "RouterObserver",
+    "bias_owner",
+    "claim_bias",
+    "data_parallel_group",
+    "expert_loads",
+    "find_routers",
+    "in_recompute",
+    "max_over_ranks",
+    "max_violations",
+    "no_router_message",
+    "release_bias",
+    "require_float32_bias",
+    "save_loads",
+    "sum_over_ranks",
+    "update_biases",
+]

@@ -1,0 +1,207 @@
+"""Counting which experts a model's routers choose, exactly and from outside.
+
+The counts are the whole input of the balance rule, so every way of getting them wrong is closed here:
+
+* They live in one int64 tensor outside the model. A buffer of the model would be overwritten by rank 0 in
+  every forward under DDP (``broadcast_buffers``), averaged, or cast to bfloat16.
+* A router is counted by a forward hook, in the forward itself: not again when activation checkpointing
+  repeats the forward inside the backward, whichever kind of checkpointing it is, and however much of the
+  layer is repeated.
+* Nothing is counted unless the observer is open, and a training observer ignores routers in ``eval()`` mode:
+  sanity checks, validation, and forwards of other callbacks stay out.
+* A copy of the model carries the hooks along (``copy.deepcopy`` in an EMA callback). Its forwards are not
+  counted.
+
+Counting is one ``scatter_add_`` per router, without a host synchronisation: ``bincount`` would wait for the
+device to learn the largest id. All layers share one tensor, so that one reduction serves them all, whatever
+their numbers of experts.
+
+With ``num_groups``, each row of the batch belongs to a group (its domain) and the counts are kept by group.
+One more row of the table takes what belongs to no group, such as padding, and is dropped at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dsv3.balance.discovery import ObservedRouter
+from lightning_dsv3.balance.ranks import sum_over_ranks
+
+
+def in_recompute() -> bool:
+    """Return whether this forward runs inside a backward, as activation checkpointing repeats it there.
+
+    ``torch.is_grad_enabled()`` cannot tell: in the non-reentrant form it is true in both forwards. A backward
+    has a task id, and a real forward has none. The function is private to torch; this is its only use.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+class RouterObserver:
+    """Counts the chosen experts of ``routers`` while it is open.
+
+    Args:
+        routers: What to observe, from :func:`~lightning_dsv3.balance.find_routers`.
+        training: Count forwards in training mode only. False counts every forward, for validation.
+        num_groups: None for one count per expert; otherwise the number of groups of rows.
+
+    Example:
+        >>> from lightning_dsv3.balance import find_routers
+        >>> from lightning_dsv3.config import DeepSeekV3Config
+        >>> from lightning_dsv3.layers.router import Router
+        >>> router = Router(DeepSeekV3Config.from_preset("tiny"))
+        >>> _ = nn.init.normal_(router.weight)
+        >>> observer = RouterObserver(find_routers(router))
+        >>> observer.attach()
+        >>> observer.start("cpu")
+        >>> observer.open()
+        >>> _ = router(torch.randn(6, router.weight.shape[1]))
+        >>> observer.close()
+        >>> [counts_E] = observer.take()
+        >>> int(counts_E.sum()) == 6 * router.num_experts_per_tok
+        True
+    """
+
+    def __init__(
+        self, routers: Sequence[ObservedRouter], *, training: bool = True, num_groups: int | None = None
+    ) -> None:
+        self.routers = list(routers)
+        self._training = training
+        self._num_groups = num_groups
+        self._rows = 1 if num_groups is None else num_groups + 1
+        self._table: Tensor | None = None
+        self._layer_tables: list[Tensor] = []
+        self._group_B: Tensor | None = None
+        self._is_open = False
+        self._handles: list[Any] = []
+        self.num_experts_per_tok: list[int] = [0] * len(self.routers)
+        self._only_in_eval = [False] * len(self.routers)
+
+    def attach(self) -> None:
+        """Put the hooks on the routers, before the model is compiled: a hook that comes later is not run."""
+        if not self._handles:
+            self._handles = [
+                router.module.register_forward_hook(self._make_hook(index, router.module))
+                for index, router in enumerate(self.routers)
+            ]
+
+    def detach(self) -> None:
+        """Take the hooks off and close."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._is_open = False
+
+    def start(self, device: torch.device | str) -> None:
+        """Make room for the counts on ``device`` and set them to 0."""
+        sizes = [self._rows * router.num_experts for router in self.routers]
+        # A tensor made under inference_mode, where validation hooks run, could not be written to outside of
+        # it.
+        with torch.inference_mode(False):
+            self._table = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+            self._layer_tables = list(self._table.split(sizes))
+
+    def open(self, group_B: Tensor | None = None) -> None:
+        """Count the forwards from now on.
+
+        Args:
+            group_B: Group of each row of the batch, integers ``[B]``, where ``num_groups`` is set. The tokens
+                of a router are taken as B rows of equal length, in order. Rows of group -1 are not counted.
+        """
+        assert (group_B is None) == (self._num_groups is None), "group_B goes with num_groups"
+        if group_B is not None:
+            group_B = group_B.to(self._started().device, torch.int64)
+            group_B = torch.where(group_B < 0, self._rows - 1, group_B)
+        self._group_B = group_B
+        self._is_open = True
+
+    def close(self) -> None:
+        """Count nothing from now on."""
+        self._is_open = False
+
+    def snapshot(self) -> Tensor:
+        """Return a copy of all counts, for :meth:`restore`."""
+        return self._started().clone()
+
+    def restore(self, snapshot: Tensor | None) -> None:
+        """Set all counts to those of a snapshot, or to 0."""
+        table = self._started()
+        if snapshot is None:
+            table.zero_()
+        else:
+            table.copy_(snapshot)
+
+    def take(self, group: Any = None) -> list[Tensor]:
+        """Return the counts and start again from 0.
+
+        Args:
+            group: Process group to sum over, with one collective for all layers.
+
+        Returns:
+            int64 per router: ``[E]``, or ``[num_groups, E]``.
+        """
+        counts = sum_over_ranks(self.snapshot(), group)
+        self._started().zero_()
+        return self.split(counts)
+
+    def split(self, snapshot: Tensor) -> list[Tensor]:
+        """Return the counts of a snapshot per router: ``[E]``, or ``[num_groups, E]``."""
+        tables = snapshot.split([self._rows * router.num_experts for router in self.routers])
+        if self._num_groups is None:
+            return list(tables)
+        return [table.view(self._rows, -1)[: self._num_groups] for table in tables]
+
+    def unobserved(self) -> list[str]:
+        """Return the routers that have not been counted yet, each with the likely reason."""
+        return [
+            f"{router.name} ({router.path}): "
+            + ("it is in eval() mode; call .train()" if only_in_eval else "its forward was not seen")
+            for router, num_chosen, only_in_eval in zip(
+                self.routers, self.num_experts_per_tok, self._only_in_eval, strict=True
+            )
+            if num_chosen == 0
+        ]
+
+    def _started(self) -> Tensor:
+        assert self._table is not None, "call start() first"
+        return self._table
+
+    def _make_hook(self, index: int, observed: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
+        adapter = self.routers[index].adapter
+
+        def count_chosen_experts(module: nn.Module, args: Any, output: Any) -> None:
+            if not self._is_open or module is not observed or in_recompute():
+                return
+            if self._training and not module.training:
+                self._only_in_eval[index] = True
+                return
+            self._count(index, adapter.chosen_experts(module, output))
+
+        return count_chosen_experts
+
+    def _count(self, index: int, expert_TK: Tensor) -> None:
+        num_chosen = expert_TK.shape[-1]
+        self.num_experts_per_tok[index] = num_chosen
+        # scatter_add_ takes int64 ids alone, and those of the table's device.
+        bins_TK = expert_TK.detach().reshape(-1, num_chosen).to(self._started().device, torch.int64)
+        if self._group_B is not None:
+            bins_TK = (
+                bins_TK + self._rows_of_tokens(index, bins_TK.shape[0]) * self.routers[index].num_experts
+            )
+        bins = bins_TK.flatten()
+        self._layer_tables[index].scatter_add_(0, bins, torch.ones_like(bins))
+
+    def _rows_of_tokens(self, index: int, num_tokens: int) -> Tensor:
+        assert self._group_B is not None
+        num_rows = self._group_B.numel()
+        if num_rows == 0 or num_tokens % num_rows:
+            raise ValueError(
+                f"{self.routers[index].name} routed {num_tokens} tokens of a batch with {num_rows} rows. "
+                "Counting by group needs the same number of tokens in every row; pad the rows, or count "
+                "without groups."
+            )
+        return self._group_B.repeat_interleave(num_tokens // num_rows, output_size=num_tokens).unsqueeze(-1)

@@ -1,0 +1,44 @@
+"""Who moves which bias. Two owners would double each step without a sign of it, so they are an error."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+# Weak on both sides: neither a model nor an owner lives longer because of a claim.
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def claim_bias(router: nn.Module, owner: object, name: str = "") -> None:
+    """Make ``owner`` the one that moves the bias of ``router``. Claiming again what one owns is fine.
+
+    Args:
+        router: The router module.
+        owner: What moves the bias; its repr names it in errors. It is held weakly.
+        name: Name of the layer, for the error.
+
+    Raises:
+        MisconfigurationException: Another living owner has claimed the bias.
+    """
+    current = bias_owner(router)
+    if current is not None and current is not owner:
+        raise MisconfigurationException(
+            f"The routing bias of {name or type(router).__name__} has two owners: {current!r} and {owner!r}. "
+            "Keep one of them, or give the other dry_run=True so that it only measures."
+        )
+    _owners[router] = weakref.ref(owner)
+
+
+def release_bias(router: nn.Module, owner: object) -> None:
+    """Give up the claim of ``owner``, if it has one."""
+    if bias_owner(router) is owner:
+        del _owners[router]
+
+
+def bias_owner(router: nn.Module) -> object | None:
+    """Return what moves the bias of ``router``, or None where nothing does."""
+    reference = _owners.get(router)
+    return None if reference is None else reference()

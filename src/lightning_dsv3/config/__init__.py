@@ -4,6 +4,9 @@ from lightning_dsv3.config.errors import ConfigError, did_you_mean
 from lightning_dsv3.config.model import DeepSeekV3Config, ParameterCount
 from lightning_dsv3.config.presets import preset_names, read_preset
 from lightning_dsv3.config.run import (
+    AuxFreeArgs,
+    AuxLossArgs,
+    BalanceArgs,
     DataConfig,
     OptimizerConfig,
     RunConfig,
@@ -14,6 +17,9 @@ from lightning_dsv3.config.run import (
 from lightning_dsv3.config.schedule import Mark, Schedule
 
 __all__ = [
+    "AuxFreeArgs",
+    "AuxLossArgs",
+    "BalanceArgs",
     "ConfigError",
     "DataConfig",
     "DeepSeekV3Config",

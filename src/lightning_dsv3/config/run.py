@@ -3,6 +3,7 @@
     model=tiny train=cpu_demo                select presets (or give a .yaml file) per group
     study=no_balance                         lay a study's values over the run
     config=runs/x/config.yaml                lay a whole run's file over the presets
+    resume=runs/x                            go on with a run: its file is laid over the presets as well
     model.hidden_size=320 seed=7             change anything; the order of the words does not matter
 
 Every word is checked before anything is built: an unknown key, a value of the wrong type or an impossible value is
@@ -261,6 +262,9 @@ def load_run_config(words: Sequence[str] = ()) -> RunConfig:
     for key, value in pairs:
         if key == "config":
             layers.append(read_yaml(Path(value), key="config"))
+        elif key == "resume" and value not in ("null", ""):
+            layers += _resumed_config(Path(value))
+            overrides.append((key, value))
         elif key in GROUPS:
             selected[key] = value
         else:
@@ -283,6 +287,16 @@ def load_run_config(words: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"configuration: {_first_line(error)}") from error
     assert isinstance(built, RunConfig)
     return built
+
+
+def _resumed_config(path: Path) -> list[dict[str, Any]]:
+    """Return the configuration beside a run's checkpoints, if there is one."""
+    file = (path if path.is_dir() else path.parent.parent) / "config.yaml"
+    if not file.is_file():
+        return []
+    values = read_yaml(file, key="resume")
+    values.pop("resume", None)
+    return [values]
 
 
 def _split(word: str) -> tuple[str, str]:

@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad_logits = logits.sub_(log_z).exp_()  # softmax, in the logits' own memory
             grad_logits.scatter_add_(-1, column, torch.full_like(log_z, -1.0))
-            grad_logits.mul_((~ignored / denominator).unsqueeze(-1))
+            grad_logits.mul_((~ignored).to(grad_logits.dtype).div_(denominator).unsqueeze(-1))
             scaled = grad_logits.to(hidden.dtype)
             torch.mm(scaled, weight_VD, out=grad_hidden[part])
             if scaled.dtype == grad_weight.dtype:

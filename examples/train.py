@@ -1,0 +1,81 @@
+"""Train a DeepSeek-V3-style mixture of experts with multi-token prediction and auxiliary-loss-free balancing.
+
+    lightning run model examples/train.py                                  minutes on a laptop, real text, no GPU
+    lightning run model examples/train.py train.total_tokens=4000000 model.hidden_size=256
+    lightning run model examples/train.py study=no_balance                 the same without balancing
+    lightning run model --devices 2 --accelerator cpu examples/train.py    two processes, same curve
+    lightning run model examples/train.py resume=runs/<run>                go on
+
+Every word `key=value` changes the configuration; `dsv3`'s README lists the groups.
+"""
+
+import sys
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_dsv3 import DeepSeekV3DataModule, DeepSeekV3Module
+from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder
+from lightning_dsv3.cli.trainer_arguments import trainer_arguments
+from lightning_dsv3.config import ConfigError, load_run_config
+
+
+def main() -> None:
+    config = load_run_config(sys.argv[1:])
+    train, rate = config.train, config.balance_args.aux_free.update_rate
+    run = RunFolder(config)
+    monitor = ExpertLoadMonitor()
+    balance = AuxFreeBalanceCallback(
+        update_rate=train.scheduled("bias_update_rate") if rate is None else rate,
+        dry_run="aux_free" not in config.balance,  # still measures MaxVio
+    )
+    arguments = {
+        "max_steps": train.max_steps,
+        "gradient_clip_val": train.gradient_clip_norm,
+        "val_check_interval": train.validate_every_steps,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 5,
+    }
+    trainer = L.Trainer(
+        logger=run.logger(),
+        callbacks=[
+            balance,
+            monitor,
+            run,
+            ModelCheckpoint(
+                dirpath=run.path / "checkpoints", filename="step-{step}", auto_insert_metric_name=False,
+                every_n_train_steps=train.validate_every_steps, save_last=True,
+            ),
+        ],
+        **trainer_arguments(arguments, config.trainer),
+    )  # fmt: skip
+
+    L.seed_everything(config.seed, verbose=False)
+    module = DeepSeekV3Module(
+        config.model,
+        balance=config.balance,
+        balance_args=config.balance_args,
+        mtp_loss_weight=train.scheduled("mtp_loss_weight"),
+        learning_rate=train.scheduled("learning_rate"),
+        optimizer=train.optimizer,
+    )
+    data = DeepSeekV3DataModule(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        sequence_length=train.sequence_length,
+        batch_size=train.batch_size,
+        seed=config.seed,
+    )
+    trainer.fit(module, data, ckpt_path=run.checkpoint)
+    trainer.validate(module, data, verbose=False)
+    run.finish(trainer, module, monitor)
+    if run.stopped_by is not None:
+        sys.exit(128 + run.stopped_by)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

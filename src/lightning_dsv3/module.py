@@ -1,0 +1,269 @@
+"""The LightningModule: losses, optimizer and schedules around a :class:`DeepSeekV3`.
+
+    total = L_main + lambda / D * sum_k L_MTP^k + sum of the balance losses        (report, section 2.2 and 2.1.2)
+
+The module owns losses and never the routing bias: that belongs to ``AuxFreeBalanceCallback``. All schedules run on the
+tokens seen by the whole run, so that ranks, micro-batches and a resume do not move them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_dsv3.balance import bias_owner
+from lightning_dsv3.config import (
+    AuxFreeArgs,
+    AuxLossArgs,
+    BalanceArgs,
+    ConfigError,
+    DeepSeekV3Config,
+    Mark,
+    OptimizerConfig,
+    Schedule,
+)
+from lightning_dsv3.config.run import BALANCE_METHODS
+from lightning_dsv3.layers.router import Router, RouterOutput
+from lightning_dsv3.metrics import BitsPerByte
+from lightning_dsv3.model import DeepSeekV3
+from lightning_dsv3.ops.balance import batch_balance_loss, sequence_balance_loss
+from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, shifted_targets
+
+ScheduleLike = float | Schedule | Iterable[Mark | Mapping[str, Any]]
+
+
+class DeepSeekV3Module(LightningModule):
+    """Train and validate a DeepSeek-V3-style model with any Trainer (automatic optimisation).
+
+    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored) and
+    ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
+
+    Logged: ``train/loss`` (main head), ``train/mtp_loss``, ``train/balance/<method>``, ``train/total_loss``,
+    ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,
+    ``val/<domain>/bpb`` and their mean ``val/bpb``.
+
+    Args:
+        config: The model: a configuration, its dict, or a preset's name.
+        balance: Any of ``aux_free`` (the routers' bias is meant to be moved by ``AuxFreeBalanceCallback``), ``sequence``
+            and ``batch`` (balance losses).
+        balance_args: Parameters per method, as in ``{"sequence": {"alpha": 1e-4, "selection": "unbiased"}}``.
+        mtp_loss_weight: Weight lambda of the MTP losses' mean: a number or a schedule of tokens.
+        learning_rate: A number or a schedule of tokens.
+        optimizer: AdamW's constants.
+
+    Raises:
+        ConfigError: Anything impossible in the arguments.
+
+    Example:
+        >>> module = DeepSeekV3Module("tiny", balance=["sequence"], mtp_loss_weight=0.3)
+        >>> module.model.config.n_routed_experts
+        32
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekV3Config | Mapping[str, Any] | str,
+        balance: Sequence[str] = ("aux_free", "sequence"),
+        balance_args: BalanceArgs | Mapping[str, Mapping[str, Any]] | None = None,
+        mtp_loss_weight: ScheduleLike = 0.3,
+        learning_rate: ScheduleLike = 2.2e-4,
+        optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(config, str):
+            config = DeepSeekV3Config.from_preset(config)
+        elif isinstance(config, Mapping):
+            config = DeepSeekV3Config.from_dict(config)
+        self.balance = tuple(balance)
+        for method in self.balance:
+            if method not in BALANCE_METHODS:
+                raise ConfigError(f"balance={list(balance)}: {method!r} is not one of {', '.join(BALANCE_METHODS)}")
+        self.balance_args = _balance_args(balance_args)
+        self.mtp_loss_weight = Schedule.of(mtp_loss_weight)
+        self.learning_rate = Schedule.of(learning_rate)
+        self.optimizer_config = (
+            optimizer if isinstance(optimizer, OptimizerConfig) else OptimizerConfig(**(optimizer or {}))
+        )
+        # Plain values only: the checkpoint then loads with `weights_only=True` and rebuilds the module by itself.
+        self.save_hyperparameters(
+            {
+                "config": config.to_dict(),
+                "balance": list(self.balance),
+                "balance_args": asdict(self.balance_args),
+                "mtp_loss_weight": self.mtp_loss_weight.to_list(),
+                "learning_rate": self.learning_rate.to_list(),
+                "optimizer": asdict(self.optimizer_config),
+            }
+        )
+        self.model = DeepSeekV3(config)
+        self.tokens_seen = 0
+        self._tokens_of_step = 0  # tokens of the micro-batches since the last optimizer step, all ranks
+        self._bits_per_byte: dict[str, BitsPerByte] = {}
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the total loss of a micro-batch."""
+        input_ids = batch["input_ids"]
+        output = self.model(input_ids, labels=batch.get("labels", input_ids), return_logits=False)
+        losses = {"train/loss": output.loss}
+        total = output.loss
+        if output.mtp_losses:
+            mtp_loss = torch.stack(output.mtp_losses).mean()
+            losses["train/mtp_loss"] = mtp_loss
+            # tokens_seen stands still between optimizer steps, so every micro-batch of a step has the same weight.
+            total = total + self.mtp_loss_weight(self.tokens_seen) * mtp_loss
+        for method, loss in self._balance_losses(output.routing, input_ids.shape[0]).items():
+            losses[f"train/balance/{method}"] = loss
+            total = total + loss
+        losses["train/total_loss"] = total
+        self._tokens_of_step += input_ids.numel() * self.trainer.world_size
+        rows = input_ids.shape[0]
+        self.log("loss", output.loss.detach(), prog_bar=True, logger=False, batch_size=rows)
+        self.log_dict({key: loss.detach() for key, loss in losses.items()}, batch_size=rows)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate for the tokens seen, this step's included."""
+        self.tokens_seen += self._tokens_of_step
+        self._tokens_of_step = 0
+        rate = self.learning_rate(self.tokens_seen)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self.log("train/learning_rate", rate)
+        self.log("train/tokens", float(self.tokens_seen))
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin bits per byte anew."""
+        self._start_bits_per_byte()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the held-out loss and to the bits per byte of its domains."""
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log bits per byte."""
+        self._log_bits_per_byte("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Begin bits per byte anew."""
+        self._start_bits_per_byte()
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """As in validation, on the test split."""
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Log bits per byte."""
+        self._log_bits_per_byte("test")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with weight decay on matrices only (report, section 4.2)."""
+        constants = self.optimizer_config
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": constants.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        # Lightning clips no gradients of a fused optimizer under a gradient scaler.
+        fused = self.trainer.precision != "16-mixed"
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate(self.tokens_seen),
+            betas=(constants.betas[0], constants.betas[1]),
+            eps=constants.eps,
+            fused=fused,
+        )
+
+    def on_train_start(self) -> None:
+        """Say once when the routers have a bias that nothing moves."""
+        if "aux_free" not in self.balance:
+            return
+        ownerless = [name for name, m in self.named_modules() if isinstance(m, Router) and bias_owner(m) is None]
+        if ownerless:
+            rank_zero_warn(
+                f"balance has 'aux_free', but nothing moves the routing bias of {len(ownerless)} routers "
+                f"({ownerless[0]}, ...): add AuxFreeBalanceCallback() to the Trainer's callbacks."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the tokens seen."""
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the tokens seen."""
+        self.tokens_seen = int(checkpoint.get("tokens_seen", 0))
+        self._tokens_of_step = 0
+
+    def _balance_losses(self, routing: tuple[RouterOutput, ...], num_sequences: int) -> dict[str, Tensor]:
+        """Return each balance loss, summed over the routers."""
+        losses = {}
+        if "sequence" in self.balance:
+            sequence = self.balance_args.sequence
+            losses["sequence"] = sum(
+                sequence_balance_loss(
+                    affinity_TE=r.affinity_TE,
+                    expert_TK=r.expert_TK,
+                    num_sequences=num_sequences,
+                    alpha=sequence.alpha,
+                    selection=sequence.selection,  # type: ignore[arg-type]
+                )
+                for r in routing
+            )
+        if "batch" in self.balance:
+            batch = self.balance_args.batch
+            losses["batch"] = sum(
+                batch_balance_loss(
+                    affinity_TE=r.affinity_TE,
+                    expert_TK=r.expert_TK,
+                    alpha=batch.alpha,
+                    selection=batch.selection,  # type: ignore[arg-type]
+                )
+                for r in routing
+            )
+        return {method: loss for method, loss in losses.items() if isinstance(loss, Tensor)}
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+        input_ids = batch["input_ids"]
+        labels = batch.get("labels", input_ids)
+        output = self.model(input_ids, labels=labels, return_logits=False)
+        targets_BS = shifted_targets(labels, 1)
+        weight = int((targets_BS != IGNORE_INDEX).sum())  # 0 for rows that only make the ranks even
+        self.log(f"{stage}/loss", output.loss, batch_size=weight, sync_dist=True, on_epoch=True)
+        if output.mtp_losses:
+            mtp_loss = torch.stack(output.mtp_losses).mean()
+            self.log(f"{stage}/mtp_loss", mtp_loss, batch_size=weight, sync_dist=True, on_epoch=True)
+        if "domain" not in batch or not self._bits_per_byte:
+            return
+        token_bytes = self.trainer.datamodule.token_bytes.to(input_ids.device)  # type: ignore[attr-defined]
+        bytes_BS = torch.where(targets_BS == IGNORE_INDEX, 0, token_bytes[targets_BS.clamp(min=0)])
+        for index, metric in enumerate(self._bits_per_byte.values()):
+            rows = batch["domain"] == index
+            metric.update(output.token_losses[rows], bytes_BS[rows])
+
+    def _start_bits_per_byte(self) -> None:
+        """Make a metric for every domain on every rank, as computing one is a collective operation."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        domains = datamodule.domains if hasattr(datamodule, "token_bytes") else []
+        self._bits_per_byte = {domain: BitsPerByte().to(self.device) for domain in domains}
+
+    def _log_bits_per_byte(self, stage: str) -> None:
+        if not self._bits_per_byte:
+            return
+        values = {domain: metric.compute() for domain, metric in self._bits_per_byte.items()}
+        self.log_dict({f"{stage}/{domain}/bpb": value for domain, value in values.items()})
+        self.log(f"{stage}/bpb", torch.stack(list(values.values())).nanmean(), prog_bar=True)
+
+
+def _balance_args(values: BalanceArgs | Mapping[str, Mapping[str, Any]] | None) -> BalanceArgs:
+    if isinstance(values, BalanceArgs):
+        return values
+    kinds = {"aux_free": AuxFreeArgs, "sequence": AuxLossArgs, "batch": AuxLossArgs}
+    try:
+        return BalanceArgs(**{name: kinds[name](**dict(args)) for name, args in (values or {}).items()})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"balance_args={values!r}: {error}; known methods: {', '.join(kinds)}") from error

@@ -1,0 +1,142 @@
+"""Every figure: learning curves, MaxVio, and the relative expert load by domain and layer of the report's Figure 9.
+
+matplotlib is optional (``pip install 'lightning-dsv3[plots]'``) and used without its global state, so that figures can be
+drawn in any process and thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_INSTALL = "figures need matplotlib: pip install 'lightning-dsv3[plots]'"
+History = Sequence[Mapping[str, float]]
+
+
+def plotting_problem() -> str | None:
+    """Return why figures cannot be drawn here, or None."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken numpy raises more than ImportError
+        return f"{_INSTALL} ({error})"
+    return None
+
+
+def plot_loss(history: History, path: Path) -> None:
+    """Draw training and held-out loss in nats per token over tokens seen.
+
+    Args:
+        history: Rows of ``metrics.csv`` as numbers.
+        path: PNG to write.
+    """
+    figure, axes = _figure()
+    for key, label in {"train/loss": "train", "train/mtp_loss": "train, MTP", "val/loss": "held out"}.items():
+        tokens, values = _series(history, key)
+        if values:
+            axes.plot(tokens, values, label=label, marker="o" if key.startswith("val") else None, markersize=3)
+    axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title="Loss")
+    _finish(figure, axes, path)
+
+
+def plot_bits_per_byte(history: History, compressors: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw held-out bits per byte by domain, with the compressors' figures on the same text as dotted lines.
+
+    Args:
+        history: Rows of ``metrics.csv`` as numbers.
+        compressors: ``{domain: {compressor: bits per byte}}``.
+        path: PNG to write.
+    """
+    figure, axes = _figure()
+    for number, (domain, others) in enumerate(compressors.items()):
+        colour = f"C{number}"
+        tokens, values = _series(history, f"val/{domain}/bpb")
+        axes.plot(tokens, values, color=colour, marker="o", markersize=3, label=domain)
+        for compressor, value in others.items():
+            style = ":" if compressor == "gzip" else "--"
+            label = f"{compressor} on the same text" if number == 0 else None
+            axes.axhline(value, color=colour, linestyle=style, linewidth=0.9, alpha=0.7, label=label)
+    axes.set(xlabel="tokens seen", ylabel="bits per byte", title="Held-out bits per byte by domain")
+    _finish(figure, axes, path)
+
+
+def plot_max_violation(history: History, path: Path) -> None:
+    """Draw MaxVio of each optimizer step's batch: each layer thin, their mean thick.
+
+    Args:
+        history: Rows of ``metrics.csv`` as numbers.
+        path: PNG to write.
+    """
+    figure, axes = _figure()
+    keys = {key for row in history for key in row if key.startswith("moe/") and key.endswith("/max_violation")}
+    for key in sorted(keys):
+        tokens, values = _series(history, key)
+        axes.plot(tokens, values, linewidth=0.8, alpha=0.7, label=key.split("/")[1])
+    tokens, values = _series(history, "moe/max_violation")
+    axes.plot(tokens, values, color="black", linewidth=1.8, label="mean of layers")
+    axes.set(xlabel="tokens seen", ylabel="MaxVio = max load / mean load - 1", title="Load violation per training batch")
+    axes.set_ylim(bottom=0)
+    _finish(figure, axes, path)
+
+
+def plot_expert_load(loads: Mapping[str, Any], path: Path) -> None:
+    """Draw the relative expert load by layer and domain (report, Figure 9): 1 is balanced, darker is busier.
+
+    Args:
+        loads: ``loads.json``: counts per domain and layer; layers may have different numbers of experts.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    layers, domains = loads["layers"], loads["domains"]
+    figure = Figure(figsize=(10, 0.9 + len(layers) * (0.45 + 0.24 * len(domains))), layout="constrained")
+    all_axes = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    image = None
+    for index, (layer, axes) in enumerate(zip(layers, all_axes, strict=True)):
+        rows = []
+        for domain in domains:
+            counts = loads["counts"][domain][index]
+            mean = sum(counts) / len(counts)
+            rows.append([count / mean if mean else float("nan") for count in counts])
+        image = axes.imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=4, interpolation="nearest")
+        axes.set_yticks(range(len(domains)), domains, fontsize=8)
+        axes.set_title(layer, fontsize=9, loc="left")
+        axes.tick_params(axis="x", labelsize=7)
+    all_axes[-1].set_xlabel("expert")
+    figure.suptitle("Relative expert load by domain on held-out text (1 = balanced)", fontsize=11)
+    if image is not None:
+        figure.colorbar(image, ax=list(all_axes), label="load / mean load", extend="max", shrink=0.8)
+    _save(figure, path)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(path)
+
+
+def _series(history: History, key: str) -> tuple[list[float], list[float]]:
+    """Return tokens seen and values of the rows that have the key. A row of validation takes the tokens logged before it."""
+    tokens, values = [], []
+    last = 0.0
+    for row in history:
+        last = row.get("train/tokens", last)
+        if key in row:
+            tokens.append(last)
+            values.append(row[key])
+    return tokens, values

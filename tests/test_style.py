@@ -11,7 +11,7 @@ TOP = ["pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", ".pre-commit-c
 TEXT = {".py", ".yaml", ".yml", ".toml", ".md", ".sh", ".txt", ".json", ".lock", ""}
 SKIPPED = {"__pycache__"}
 
-# In pieces, so that this file does not name them itself. Packages come through the user's own installer and its
+# In pieces, so that this file does not name them. Packages come through the user's own installer and its
 # settings, wherever those point.
 REGISTRIES = ["pypi" + ".org", "python" + "hosted.org", "download." + "pytorch.org", "ana" + "conda.org"]
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:root|home|work|opt|mnt|Users)/\w")

@@ -153,11 +153,9 @@ def _quiet_repeated_reports() -> None:
 
 def _report_failure(failed: ChildFailedError, options: LaunchOptions) -> int:
     """Say in one line which process failed. Its own traceback, if it left one, stands above."""
-    # When one process fails, torchrun ends the others by SIGTERM: that is not how it began.
-    ended_by_torchrun = (-signal.SIGTERM, -signal.SIGINT)
-    failures = sorted(
-        failed.failures.items(), key=lambda item: (item[1].exitcode in ended_by_torchrun, item[0])
-    )
+    # torchrun lists failures as it finds them, then ends the other processes by SIGTERM. Its own choice of
+    # the first one goes by times in whole seconds, which are often equal.
+    failures = sorted(failed.failures.items(), key=lambda item: item[1].exitcode == -signal.SIGTERM)
     rank, failure = failures[0]
     process = f" (rank {rank})" if len(failures) > 1 or rank > 0 else ""
     if failure.exitcode < 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -71,22 +72,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             hidden, targets = hidden_ND[part], targets_N[part]
-            logits = (hidden @ weight_VD.mT).to(token_losses.dtype)
+            log_p = F.log_softmax((hidden @ weight_VD.mT).to(token_losses.dtype), dim=-1)
             ignored = targets == IGNORE_INDEX
             column = targets.masked_fill(ignored, 0).unsqueeze(-1)
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            token_losses[part] = (log_z - logits.gather(-1, column)).squeeze(-1).masked_fill_(ignored, 0.0)
+            token_losses[part] = -log_p.gather(-1, column).squeeze(-1).masked_fill_(ignored, 0.0)
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad_logits = logits.sub_(log_z).exp_()  # softmax, in the logits' own memory
-            grad_logits.scatter_add_(-1, column, torch.full_like(log_z, -1.0))
-            grad_logits.mul_((~ignored).to(grad_logits.dtype).div_(denominator).unsqueeze(-1))
-            scaled = grad_logits.to(hidden.dtype)
-            torch.mm(scaled, weight_VD, out=grad_hidden[part])
+            grad_logits = log_p.exp_()  # softmax, in the same memory; minus 1 at the target
+            grad_logits.scatter_add_(-1, column, torch.full_like(column, -1.0, dtype=log_p.dtype))
+            grad_logits = grad_logits.to(hidden.dtype)
+            # A row's factor goes to its D hidden values, which are fewer than its V logits.
+            factor = (~ignored).to(log_p.dtype).div_(denominator).unsqueeze(-1)
+            grad_hidden[part] = (grad_logits @ weight_VD) * factor  # promotes to float32, then rounds once
+            scaled = (hidden * factor).to(hidden.dtype)
             if scaled.dtype == grad_weight.dtype:
-                grad_weight.addmm_(scaled.mT, hidden)
+                grad_weight.addmm_(grad_logits.mT, scaled)
             else:
-                grad_weight += scaled.mT @ hidden
+                grad_weight += grad_logits.mT @ scaled
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(token_losses)

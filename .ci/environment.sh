@@ -49,7 +49,9 @@ make_environment() {
         if command -v uv >/dev/null; then
             uv venv --clear --seed --python "$python" "$venv" && return 0
         fi
-        "$python" -m virtualenv --clear "$venv" && return 0
+        "$python" -m virtualenv --clear "$venv" 2>/dev/null && return 0
+        "$python" -m venv --clear --without-pip "$venv" &&
+            "$python" -m pip --python "$venv/bin/python" install pip && return 0
         say "cannot make an environment: on Debian or Ubuntu run 'apt-get install python3-venv' first"
     elif command -v uv >/dev/null; then
         say "no Python 3.10 to 3.13 on PATH, letting uv find one"

@@ -8,8 +8,8 @@ A comment right above a block says what the page itself should not show:
     -->
 
 Each Python block runs in a process of its own, in an empty folder. A shell command is not run but checked: a
-target of `make` must exist, `lightning run model` must parse with its configuration, a script must be there. A
-command of no known kind fails, so nothing passes unread.
+target of `make` must exist, `lightning run model` must parse with its configuration, a script must be there.
+A command of no known kind fails, so nothing passes unread.
 """
 
 import os

@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --output benchmarks/results/train_step.json
 
 A step is forward, backward, clipping and fused AdamW in float32. Both sides run in one process, in turn, on the same
-weights; Hugging Face with its fastest settings here (experts ``grouped_mm``, attention ``sdpa``). Reported are the median
-step and the median of the ratios pair by pair, which stands where a shared machine's speed drifts; and the share of the
-machine's measured matrix product that our step reaches.
+weights; Hugging Face with its fastest settings here (experts ``grouped_mm``, attention ``sdpa``). Reported are the
+median step and the median of the ratios pair by pair, which stands where a shared machine's speed drifts; and the share
+of the machine's measured matrix product that our step reaches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.model import DeepSeekV3
 
 BASE = {
-    "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "first_k_dense_replace": 1,
+    "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
     "num_attention_heads": 4, "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16,
     "v_head_dim": 48, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
     "max_position_embeddings": 4096, "initializer_range": 0.02,
@@ -131,7 +132,7 @@ def stepper(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Call
 
 
 def step_flops(config: DeepSeekV3Config, batch: int, length: int) -> float:
-    """Multiply-adds times 2 of the matrix products of forward and backward: 6 per activated parameter, and attention."""
+    """Count operations of the matrix products, forward and backward: 6 per activated parameter, and attention."""
     activated = config.num_parameters().activated_without_embedding
     attention = config.num_hidden_layers * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     return 6.0 * batch * length * (activated + attention * length / 2)

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from lightning_dsv3.callbacks.aux_free_balance import AuxFreeBalanceCallback
 from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
+from lightning_dsv3.callbacks.run_folder import RunFolder
 
-__all__ = ["AuxFreeBalanceCallback", "ExpertLoadMonitor"]
+__all__ = ["AuxFreeBalanceCallback", "ExpertLoadMonitor", "RunFolder"]

@@ -24,14 +24,16 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
 from lightning_dsv3.config import ConfigError, RunConfig
+from lightning_dsv3.module import DeepSeekV3Module
 from lightning_dsv3.plots import (
     plot_bits_per_byte,
     plot_expert_load,
@@ -39,9 +41,6 @@ from lightning_dsv3.plots import (
     plot_max_violation,
     plotting_problem,
 )
-
-if TYPE_CHECKING:
-    from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
 
 _REPEAT_SECONDS = 5.0  # a launcher passes one Ctrl-C on as a second signal; what comes later is the user's impatience
 _ENDS = 0.1  # share of the logged steps that "at the start" and "at the end" average over
@@ -153,12 +152,12 @@ class RunFolder(Callback):
         """Give Ctrl-C back."""
         self._restore_signals()
 
-    def finish(self, trainer: Trainer, module: LightningModule, monitor: ExpertLoadMonitor) -> None:
+    def finish(self, trainer: Trainer, module: DeepSeekV3Module, monitor: ExpertLoadMonitor) -> None:
         """Write loads, figures and summary, and print the closing table. Call it on every rank after validation.
 
         Args:
             trainer: The Trainer, its data module attached.
-            module: The trained ``DeepSeekV3Module``.
+            module: The trained module.
             monitor: What the last validation measured.
         """
         if not trainer.is_global_zero:
@@ -180,10 +179,14 @@ class RunFolder(Callback):
         print(closing_table(summary, self.path), flush=True)
 
     def _summary(
-        self, trainer: Trainer, module: LightningModule, history: list[dict[str, float]], compressors: Mapping[str, Any]
+        self,
+        trainer: Trainer,
+        module: DeepSeekV3Module,
+        history: list[dict[str, float]],
+        compressors: Mapping[str, Any],
     ) -> dict[str, Any]:
         measured = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        counts = module.model.config.num_parameters()  # type: ignore[union-attr]
+        counts = module.model.config.num_parameters()
         violation = [row["moe/max_violation"] for row in history if "moe/max_violation" in row]
         width = max(1, round(len(violation) * _ENDS))
         speed = self._trained_tokens / self._seconds if self._seconds else None
@@ -233,7 +236,9 @@ def find_checkpoint(path: Path) -> Path:
     last = path / "checkpoints" / "last.ckpt"
     if last.is_file():
         return last.resolve()
-    raise ConfigError(f"resume={str(path)!r}: no such checkpoint, and no checkpoints/last.ckpt in it; give a run folder")
+    raise ConfigError(
+        f"resume={str(path)!r}: no such checkpoint, and no checkpoints/last.ckpt in it; give a run folder"
+    )
 
 
 def closing_table(summary: Mapping[str, Any], path: Path) -> str:
@@ -247,14 +252,15 @@ def closing_table(summary: Mapping[str, Any], path: Path) -> str:
         f"MaxVio, training batches   start {_number(violation['training_batch_start'])}"
         f"   end {_number(violation['training_batch_end'])}   (mean of layers, first and last tenth of the steps)",
         f"MaxVio, held-out text      end   {_number(violation['held_out_end'])}",
-        f"parameters                 {_millions(parameters['total'])} total, {_millions(parameters['activated'])} activated, "
-        f"{_millions(parameters['mtp'])} MTP",
+        f"parameters                 {_millions(parameters['total'])} total, "
+        f"{_millions(parameters['activated'])} activated, {_millions(parameters['mtp'])} MTP",
         f"tokens                     {summary['tokens']:,} in {summary['steps']} steps, "
         f"{_number(summary['tokens_per_second'], 0)} tokens/s",
         f"run folder                 {path}",
         "",
         "next:",
-        f"  go on         lightning run model examples/train.py resume={path} train.total_tokens={2 * (summary['tokens'] or 1)}",
+        f"  go on         lightning run model examples/train.py resume={path} "
+        f"train.total_tokens={2 * (summary['tokens'] or 1)}",
         "  compare       lightning run model examples/train.py study=no_balance",
         "  bigger        lightning run model examples/train.py model.hidden_size=256 train.total_tokens=4000000",
         f"  look          {path / 'figures'}",

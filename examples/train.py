@@ -21,6 +21,7 @@ from lightning_dsv3.config import ConfigError, load_run_config
 
 
 def main() -> None:
+    """Run what the command line asks for."""
     config = load_run_config(sys.argv[1:])
     train, rate = config.train, config.balance_args.aux_free.update_rate
     run = RunFolder(config)

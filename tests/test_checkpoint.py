@@ -30,7 +30,9 @@ def model(**overrides: object) -> DeepSeekV3:
     return built
 
 
-@pytest.mark.parametrize("overrides", [{}, {"num_nextn_predict_layers": 2}, {"tie_word_embeddings": True}, {"n_shared_experts": 0}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"num_nextn_predict_layers": 2}, {"tie_word_embeddings": True}, {"n_shared_experts": 0}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard", [5_000_000_000, 3000])
 def test_round_trip_is_bitwise(overrides: dict, dtype: torch.dtype, shard: int, tmp_path: Path) -> None:

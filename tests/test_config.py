@@ -58,7 +58,9 @@ def test_parameter_count_equals_the_built_model(overrides: dict) -> None:
     counts = config.num_parameters()
     assert counts.mtp == mtp
     assert counts.total == sum(unique.values()) - mtp
-    idle = (config.n_routed_experts - config.num_experts_per_tok) * 3 * config.hidden_size * config.moe_intermediate_size
+    idle = (
+        (config.n_routed_experts - config.num_experts_per_tok) * 3 * config.hidden_size * config.moe_intermediate_size
+    )
     assert counts.activated == counts.total - config.num_moe_layers * idle
 
 
@@ -124,7 +126,14 @@ def test_words_may_come_in_any_order_and_win_over_files_and_presets(tmp_path: Pa
     own.write_text("hidden_size: 96\nmoe_intermediate_size: 32\n")
     run = tmp_path / "run.yaml"
     run.write_text("seed: 5\ntrain: {batch_size: 4}\n")
-    words = ["model.hidden_size=64", f"config={run}", "seed=6", f"model={own}", "trainer.max_steps=3", "study=no_balance"]
+    words = [
+        "model.hidden_size=64",
+        f"config={run}",
+        "seed=6",
+        f"model={own}",
+        "trainer.max_steps=3",
+        "study=no_balance",
+    ]
     for order in (words, words[::-1]):
         config = load_run_config(order)
         assert (config.model.hidden_size, config.model.moe_intermediate_size) == (64, 32)

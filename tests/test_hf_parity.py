@@ -80,7 +80,9 @@ def their_model(config: DeepSeekV3Config) -> torch.nn.Module:
     values = config.to_hf()
     name = values["architectures"][0]
     config_class = transformers.DeepseekV3Config if "V3" in name else transformers.DeepseekV2Config
-    model = getattr(transformers, name)(config_class(**values, attn_implementation="eager", experts_implementation="eager")).float()
+    model = getattr(transformers, name)(
+        config_class(**values, attn_implementation="eager", experts_implementation="eager")
+    ).float()
     with torch.no_grad():
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
@@ -125,7 +127,8 @@ def test_logits_loss_gradients_and_experts_equal_hugging_face(case: str, tmp_pat
     expected = theirs(input_ids=ids, labels=labels, use_cache=False)
     expected.loss.backward()
     output = ours(ids, labels=labels)
-    assert output.loss is not None and output.logits is not None
+    assert output.loss is not None
+    assert output.logits is not None
     output.loss.backward()
 
     assert relative_error(output.logits, expected.logits) < 1e-5
@@ -152,7 +155,7 @@ def test_saved_checkpoint_loads_in_hugging_face_with_the_same_logits(case: str, 
     save_hf_checkpoint(ours, tmp_path / "out")
     name = config.to_hf()["architectures"][0]
     theirs, report = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.randint(0, config.vocab_size, (2, 17))
     with torch.no_grad():
         assert relative_error(ours(ids).logits, theirs(input_ids=ids).logits) < 1e-5

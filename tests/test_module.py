@@ -1,4 +1,4 @@
-"""The LightningModule in real Trainers: losses, schedules on tokens, accumulation, precision, checkpoints and resume."""
+"""The LightningModule in real Trainers: losses, schedules, accumulation, precision, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def module(seed: int = 0, overrides: dict[str, Any] | None = None, **arguments: 
 def trainer(folder: Path, callbacks: list[L.Callback] | None = None, **arguments: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "max_steps": 4, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1, "default_root_dir": folder,
-        "gradient_clip_val": 1.0,
+        "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1,
+        "default_root_dir": folder, "gradient_clip_val": 1.0,
     }  # fmt: skip
     callbacks = [AuxFreeBalanceCallback(update_rate=0.01)] if callbacks is None else callbacks
     return L.Trainer(callbacks=callbacks, **(defaults | arguments))
@@ -182,7 +182,9 @@ def test_resume_continues_bit_for_bit(accumulate: int, tmp_path: Path) -> None:
         trained = module(learning_rate=schedule, mtp_loss_weight=schedule)
         balance = AuxFreeBalanceCallback(update_rate=schedule)
         fitted = trainer(tmp_path, [balance], max_steps=steps, accumulate_grad_batches=accumulate)
-        fitted.fit(trained, DataLoader(torch.utils.data.Subset(Tokens(), range(rows, 64)), batch_size=4), ckpt_path=checkpoint)
+        fitted.fit(
+            trained, DataLoader(torch.utils.data.Subset(Tokens(), range(rows, 64)), batch_size=4), ckpt_path=checkpoint
+        )
         fitted.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return trained
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,9 +30,7 @@ def choose_by_hand(scores: list[float], bias: list[float], k: int, groups: int, 
     """The report's rule for one token, in plain Python."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(scores) // groups
-    group_scores = [
-        sum(sorted(biased[g * size : (g + 1) * size], reverse=True)[:in_score]) for g in range(groups)
-    ]
+    group_scores = [sum(sorted(biased[g * size : (g + 1) * size], reverse=True)[:in_score]) for g in range(groups)]
     best = sorted(range(groups), key=lambda g: -group_scores[g])[:kept]
     allowed = [e for e in range(len(scores)) if e // size in best]
     return set(sorted(allowed, key=lambda e: -biased[e])[:k])
@@ -49,7 +48,8 @@ def routing_case(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, int]]:
     affinity_TE = torch.rand(tokens, groups * size)
     bias_E = torch.randn(groups * size) * scale
     return affinity_TE, bias_E, {
-        "num_experts_per_tok": k, "n_group": groups, "topk_group": kept, "experts_in_group_score": draw(st.integers(1, 4)),
+        "num_experts_per_tok": k, "n_group": groups, "topk_group": kept,
+        "experts_in_group_score": draw(st.integers(1, 4)),
     }  # fmt: skip
 
 
@@ -73,9 +73,7 @@ def test_choice_is_the_reports_rule(case: tuple[Tensor, Tensor, dict[str, int]])
 
 def test_excluded_groups_stay_excluded_when_every_biased_score_is_negative() -> None:
     """A fill value of 0 in place of -inf would let an excluded expert win here."""
-    chosen = choose_experts(
-        torch.rand(50, 8), torch.full((8,), -5.0), num_experts_per_tok=2, n_group=4, topk_group=1
-    )
+    chosen = choose_experts(torch.rand(50, 8), torch.full((8,), -5.0), num_experts_per_tok=2, n_group=4, topk_group=1)
     assert (chosen // 2 == chosen[:, :1] // 2).all()
 
 
@@ -184,7 +182,9 @@ def test_rope_turns_neighbouring_pairs_as_complex_numbers() -> None:
     turned = apply_rope(x, cos, sin)
     frequency = 100.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
     angle = torch.arange(9, dtype=torch.float64)[:, None] * frequency
-    spun = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    spun = (
+        torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
     torch.testing.assert_close(turned.double(), torch.cat([spun.real, spun.imag], -1), rtol=1e-5, atol=1e-6)
 
 
@@ -208,12 +208,14 @@ def test_yarn_has_the_published_constants() -> None:
     ratio = (scaled / plain).tolist()
     assert ratio[:11] == pytest.approx([1.0] * 11, rel=1e-5)  # pairs up to `low` = 10 keep their frequency
     assert ratio[23:] == pytest.approx([1 / 40] * 9, rel=1e-3)  # pairs from `high` = 23 are interpolated
-    assert all(a >= b - 1e-6 for a, b in zip(ratio[10:], ratio[11:], strict=False))
+    assert all(a >= b - 1e-6 for a, b in pairwise(ratio[10:]))
 
 
 @pytest.mark.parametrize("rows", [1, 63, 700])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_linear_cross_entropy_equals_torchs_with_gradients(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_cross_entropy_equals_torchs_with_gradients(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lightning_dsv3.ops.cross_entropy._CHUNK_ELEMENTS", 50 * 37)  # several chunks, the last ragged
     torch.manual_seed(0)
     hidden, weight = torch.randn(rows, 16, dtype=torch.float64), torch.randn(37, 16, dtype=torch.float64)
@@ -231,7 +233,9 @@ def test_linear_cross_entropy_equals_torchs_with_gradients(rows: int, dtype: tor
     each = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
     torch.testing.assert_close(token_losses.double(), each, rtol=tolerance, atol=tolerance)
     for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=tolerance)
+        torch.testing.assert_close(
+            a.grad.double(), b.grad, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=tolerance
+        )
 
 
 def test_linear_cross_entropy_of_no_target_is_zero_with_zero_gradient() -> None:

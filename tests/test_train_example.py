@@ -17,10 +17,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
-    "data.offline=true", "data.val_windows=2", "model.vocab_size=512", "model.hidden_size=32", "model.intermediate_size=48",
-    "model.moe_intermediate_size=16", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.n_routed_experts=8",
-    "model.q_lora_rank=16", "model.kv_lora_rank=16", "train.sequence_length=32", "train.batch_size=4",
-    "train.validate_every_steps=3", "trainer.log_every_n_steps=1",
+    "data.offline=true", "data.val_windows=2", "model.vocab_size=512", "model.hidden_size=32",
+    "model.intermediate_size=48", "model.moe_intermediate_size=16", "model.num_hidden_layers=2",
+    "model.num_attention_heads=2", "model.n_routed_experts=8", "model.q_lora_rank=16", "model.kv_lora_rank=16",
+    "train.sequence_length=32", "train.batch_size=4", "train.validate_every_steps=3", "trainer.log_every_n_steps=1",
 ]  # fmt: skip
 FILES = [
     "config.yaml", "tokenizer.json", "metrics.csv", "loads.json", "summary.json", "checkpoints/last.ckpt",
@@ -129,7 +129,8 @@ def test_two_processes_have_the_biases_and_curve_of_one(
 def test_ctrl_c_saves_and_exits_130_without_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
     process = subprocess.Popen(
         command("trainer.max_steps=100000", "train.validate_every_steps=50000"),
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/metrics.csv")) and time.monotonic() < deadline:
@@ -149,7 +150,13 @@ def test_ctrl_c_saves_and_exits_130_without_traceback(tmp_path: Path, environmen
 
 def test_bad_word_is_one_line_without_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        command("model.n_group=3"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command("model.n_group=3"),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode != 0
     assert "model.n_group=3" in done.stderr

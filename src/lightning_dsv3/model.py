@@ -75,7 +75,7 @@ class DeepSeekV3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every matrix from a normal distribution of ``initializer_range`` (report, section 4.2); norms are 1, biases 0."""
+        """Draw matrices from a normal distribution of ``initializer_range`` (report, section 4.2); norms 1, bias 0."""
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
@@ -99,7 +99,8 @@ class DeepSeekV3(nn.Module):
 
         Args:
             input_ids: Token ids, int64 ``[B, S]``.
-            labels: Target ids, int64 ``[B, S]``, usually ``input_ids``; shifted inside, -100 is ignored, as in Hugging Face.
+            labels: Target ids, int64 ``[B, S]``, usually ``input_ids``; shifted inside, -100 is ignored, as in
+                Hugging Face.
             return_logits: Also return logits. Without them losses are computed in chunks and no logits are kept.
             use_mtp: Run the MTP modules; None runs them when labels are given.
 
@@ -145,7 +146,7 @@ class DeepSeekV3(nn.Module):
     def _losses(
         self, h_BSD: Tensor, states: list[Tensor], labels: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-        """Return the main loss, its terms and the MTP losses; head by head, so that one chunk of logits lives at a time."""
+        """Return the main loss, its terms and the MTP losses, head by head: one chunk of logits lives at a time."""
         if labels is None:
             return None, None, ()
         targets_BS = shifted_targets(labels, 1)
@@ -157,4 +158,3 @@ class DeepSeekV3(nn.Module):
             denominator = num_targets if self.config.mtp_loss_normalizer == "main" else count_targets(targets)
             mtp_losses.append(linear_cross_entropy(state.flatten(0, 1), self.head.weight, targets, denominator).loss)
         return main.loss, main.token_losses.view_as(targets_BS), tuple(mtp_losses)
-

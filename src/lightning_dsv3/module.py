@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,7 +32,7 @@ from lightning_dsv3.config.run import BALANCE_METHODS
 from lightning_dsv3.layers.router import Router, RouterOutput
 from lightning_dsv3.metrics import BitsPerByte
 from lightning_dsv3.model import DeepSeekV3
-from lightning_dsv3.ops.balance import batch_balance_loss, sequence_balance_loss
+from lightning_dsv3.ops.balance import Selection, batch_balance_loss, sequence_balance_loss
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, shifted_targets
 
 ScheduleLike = float | Schedule | Iterable[Mark | Mapping[str, Any]]
@@ -41,8 +41,8 @@ ScheduleLike = float | Schedule | Iterable[Mark | Mapping[str, Any]]
 class DeepSeekV3Module(LightningModule):
     """Train and validate a DeepSeek-V3-style model with any Trainer (automatic optimisation).
 
-    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored) and
-    ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
+    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored)
+    and ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
 
     Logged: ``train/loss`` (main head), ``train/mtp_loss``, ``train/balance/<method>``, ``train/total_loss``,
     ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,
@@ -50,8 +50,8 @@ class DeepSeekV3Module(LightningModule):
 
     Args:
         config: The model: a configuration, its dict, or a preset's name.
-        balance: Any of ``aux_free`` (the routers' bias is meant to be moved by ``AuxFreeBalanceCallback``), ``sequence``
-            and ``batch`` (balance losses).
+        balance: Any of ``aux_free`` (the routers' bias is meant to be moved by ``AuxFreeBalanceCallback``),
+            ``sequence`` and ``batch`` (balance losses).
         balance_args: Parameters per method, as in ``{"sequence": {"alpha": 1e-4, "selection": "unbiased"}}``.
         mtp_loss_weight: Weight lambda of the MTP losses' mean: a number or a schedule of tokens.
         learning_rate: A number or a schedule of tokens.
@@ -202,30 +202,34 @@ class DeepSeekV3Module(LightningModule):
     def _balance_losses(self, routing: tuple[RouterOutput, ...], num_sequences: int) -> dict[str, Tensor]:
         """Return each balance loss, summed over the routers."""
         losses = {}
-        if "sequence" in self.balance:
-            sequence = self.balance_args.sequence
-            losses["sequence"] = sum(
-                sequence_balance_loss(
-                    affinity_TE=r.affinity_TE,
-                    expert_TK=r.expert_TK,
-                    num_sequences=num_sequences,
-                    alpha=sequence.alpha,
-                    selection=sequence.selection,  # type: ignore[arg-type]
-                )
-                for r in routing
-            )
-        if "batch" in self.balance:
-            batch = self.balance_args.batch
-            losses["batch"] = sum(
-                batch_balance_loss(
-                    affinity_TE=r.affinity_TE,
-                    expert_TK=r.expert_TK,
-                    alpha=batch.alpha,
-                    selection=batch.selection,  # type: ignore[arg-type]
-                )
-                for r in routing
-            )
-        return {method: loss for method, loss in losses.items() if isinstance(loss, Tensor)}
+        if "sequence" in self.balance and routing:
+            args = self.balance_args.sequence
+            losses["sequence"] = torch.stack(
+                [
+                    sequence_balance_loss(
+                        affinity_TE=r.affinity_TE,
+                        expert_TK=r.expert_TK,
+                        num_sequences=num_sequences,
+                        alpha=args.alpha,
+                        selection=cast(Selection, args.selection),
+                    )
+                    for r in routing
+                ]
+            ).sum()
+        if "batch" in self.balance and routing:
+            args = self.balance_args.batch
+            losses["batch"] = torch.stack(
+                [
+                    batch_balance_loss(
+                        affinity_TE=r.affinity_TE,
+                        expert_TK=r.expert_TK,
+                        alpha=args.alpha,
+                        selection=cast(Selection, args.selection),
+                    )
+                    for r in routing
+                ]
+            ).sum()
+        return losses
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         input_ids = batch["input_ids"]
@@ -248,7 +252,7 @@ class DeepSeekV3Module(LightningModule):
     def _start_bits_per_byte(self) -> None:
         """Make a metric for every domain on every rank, as computing one is a collective operation."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        domains = datamodule.domains if hasattr(datamodule, "token_bytes") else []
+        domains = datamodule.domains if datamodule is not None and hasattr(datamodule, "token_bytes") else []
         self._bits_per_byte = {domain: BitsPerByte().to(self.device) for domain in domains}
 
     def _log_bits_per_byte(self, stage: str) -> None:

@@ -1,7 +1,7 @@
 """Every figure: learning curves, MaxVio, and the relative expert load by domain and layer of the report's Figure 9.
 
-matplotlib is optional (``pip install 'lightning-dsv3[plots]'``) and used without its global state, so that figures can be
-drawn in any process and thread.
+matplotlib is optional (``pip install 'lightning-dsv3[plots]'``) and used without its global state, so that figures
+can be drawn in any process and thread.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def plot_max_violation(history: History, path: Path) -> None:
         axes.plot(tokens, values, linewidth=0.8, alpha=0.7, label=key.split("/")[1])
     tokens, values = _series(history, "moe/max_violation")
     axes.plot(tokens, values, color="black", linewidth=1.8, label="mean of layers")
-    axes.set(xlabel="tokens seen", ylabel="MaxVio = max load / mean load - 1", title="Load violation per training batch")
+    axes.set(
+        xlabel="tokens seen", ylabel="MaxVio = max load / mean load - 1", title="Load violation per training batch"
+    )
     axes.set_ylim(bottom=0)
     _finish(figure, axes, path)
 
@@ -131,7 +133,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _series(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Return tokens seen and values of the rows that have the key. A row of validation takes the tokens logged before it."""
+    """Return tokens seen and values of the rows that have the key; a validation has the tokens logged before it."""
     tokens, values = [], []
     last = 0.0
     for row in history:

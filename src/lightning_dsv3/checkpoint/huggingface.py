@@ -111,12 +111,16 @@ class _Tensors:
         else:
             files = sorted(file.name for file in folder.glob("*.safetensors"))
             if len(files) != 1:
-                raise CheckpointError(f"{folder}: found {len(files)} safetensors files and no {_INDEX}; one of both is needed")
+                raise CheckpointError(
+                    f"{folder}: found {len(files)} safetensors files and no {_INDEX}; one of both is needed"
+                )
             with self._open(files[0]) as handle:
                 self.files = dict.fromkeys(handle.keys(), files[0])
         scaled = sorted(name for name in self.files if name.endswith("_scale_inv"))
         if scaled:
-            raise CheckpointError(f"{folder}: {scaled[0]} and {len(scaled) - 1} more: FP8 blocks; convert to BF16 first")
+            raise CheckpointError(
+                f"{folder}: {scaled[0]} and {len(scaled) - 1} more: FP8 blocks; convert to BF16 first"
+            )
 
     def check_names(self, entries: list[Entry], copies: dict[str, str]) -> None:
         """Name every tensor that is missing or not expected."""
@@ -137,7 +141,8 @@ class _Tensors:
         tensor = torch.stack(rows) if entry.stacked else rows[0]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{self.folder}: {', '.join(entry.parts[0])}: shape {list(tensor.shape)} where config.json asks for {list(shape)}"
+                f"{self.folder}: {', '.join(entry.parts[0])}: shape {list(tensor.shape)} where config.json "
+                f"asks for {list(shape)}"
             )
         return tensor.to(dtype) if dtype is not None else tensor
 

@@ -1,4 +1,4 @@
-"""Tensor names: ours on the left, the Hugging Face layout of DeepSeek-V2/V3 on the right. The only place that knows both.
+"""Tensor names: ours, and those of the Hugging Face layout of DeepSeek-V2/V3. The only place that knows both.
 
 Two of our tensors are several of theirs: ``gate_up`` is ``gate_proj`` above ``up_proj``, and the experts' stacks hold
 one matrix per expert. An MTP module k is layer ``num_hidden_layers + k`` there, with copies of the embedding and head.

@@ -36,5 +36,7 @@ def trainer_arguments(script: Mapping[str, Any], configured: Mapping[str, Any]) 
         if name in _TAKEN:
             raise ConfigError(f"trainer.{name}={value!r}: the script sets it; change the script's list of {name}")
         if name not in known:
-            raise ConfigError(f"trainer.{name}={value!r}: the Trainer has no such argument; {did_you_mean(name, known)}")
+            raise ConfigError(
+                f"trainer.{name}={value!r}: the Trainer has no such argument; {did_you_mean(name, known)}"
+            )
     return {**script, **configured, **launcher_trainer_arguments()}

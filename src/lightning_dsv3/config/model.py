@@ -2,7 +2,8 @@
 
 A field that Hugging Face's DeepSeek-V2/V3 configuration has carries the same name and meaning, so ``config.json`` of a
 released model is read by :meth:`DeepSeekV3Config.from_hf` and written by :meth:`DeepSeekV3Config.to_hf`. The few
-fields of our own (``group_score``, ``mtp_*``) name choices on which the report and the released code differ or are silent.
+fields of our own (``group_score``, ``mtp_*``) name choices on which the report and the released code differ or are
+silent.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class DeepSeekV3Config:
         vocab_size: Number of token ids V.
         hidden_size: Width d of the residual stream.
         intermediate_size: Width of the feed-forward network in the first dense layers.
-        moe_intermediate_size: Width F of one expert; the shared experts are one network ``n_shared_experts`` times as wide.
+        moe_intermediate_size: Width F of one expert; the shared experts are one network ``n_shared_experts`` times as
+            wide.
         num_hidden_layers: Transformer blocks L of the main model, MTP modules not counted.
         first_k_dense_replace: The first so many blocks have a dense feed-forward network and no experts.
         num_attention_heads: Heads n_h. MLA has as many key and value heads.
@@ -75,8 +77,8 @@ class DeepSeekV3Config:
         num_experts_per_tok: Routed experts K_r that a token activates.
         n_group: Groups of experts for node-limited routing; 1 for no limit.
         topk_group: Groups M that a token may use.
-        topk_method: ``noaux_tc`` chooses by affinity plus routing bias; ``group_limited_greedy`` (V2) by affinity under the
-            group limit; ``greedy`` (V2-Lite) by affinity alone. Only ``noaux_tc`` gives the routers a bias.
+        topk_method: ``noaux_tc`` chooses by affinity plus routing bias; ``group_limited_greedy`` (V2) by affinity
+            under the group limit; ``greedy`` (V2-Lite) by affinity alone. Only ``noaux_tc`` gives the routers a bias.
         group_score: Score of a group under ``noaux_tc``: ``top2``, the sum of its two highest biased affinities as in
             DeepSeek's code, or ``topk_over_m``, of its K_r/M highest as the report prints (section 2.1.2). Same for V3.
         scoring_func: Affinity of token and expert: ``sigmoid`` (V3) or ``softmax`` (V2).
@@ -85,7 +87,8 @@ class DeepSeekV3Config:
         num_nextn_predict_layers: MTP modules D; 0 for none.
         mtp_input_state: Main-model state that the first MTP module reads: after the ``final_norm`` (released weights as
             Hugging Face and Megatron-Core run them) or ``pre_norm``. The report does not say.
-        mtp_chain_state: State that MTP module k hands to module k + 1: ``post_norm`` (after its own norm) or ``pre_norm``.
+        mtp_chain_state: State that MTP module k hands to module k + 1: ``post_norm`` (after its own norm) or
+            ``pre_norm``.
         mtp_loss_normalizer: ``main`` divides an MTP loss by the number of the main loss's targets (1/T of eq. 24);
             ``own`` by the number of its own targets, which is k less per sequence.
         rope_theta: Base of the rotary frequencies.
@@ -264,9 +267,9 @@ class DeepSeekV3Config:
         is_v2 = self.scoring_func == "softmax" and not self.has_routing_bias and not self.norm_topk_prob
         if not (is_v2 or is_v3):
             raise ConfigError(
-                f"no Hugging Face class computes scoring_func={self.scoring_func!r} with topk_method={self.topk_method!r} "
-                f"and norm_topk_prob={self.norm_topk_prob}; use sigmoid with noaux_tc, or softmax with greedy or "
-                "group_limited_greedy and norm_topk_prob=false"
+                f"no Hugging Face class computes scoring_func={self.scoring_func!r} with "
+                f"topk_method={self.topk_method!r} and norm_topk_prob={self.norm_topk_prob}; use sigmoid and noaux_tc, "
+                "or softmax with greedy or group_limited_greedy and norm_topk_prob=false"
             )
         values = self.to_dict()
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -296,7 +299,8 @@ def _problems(config: DeepSeekV3Config) -> list[str]:
 
     positive = ["vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings"]  # fmt: skip
+                "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
+                "max_position_embeddings"]  # fmt: skip
     if config.q_lora_rank is not None:
         positive.append("q_lora_rank")
     for key in [*positive, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"]:
@@ -309,9 +313,7 @@ def _problems(config: DeepSeekV3Config) -> list[str]:
         check(value in choices, key, f"is not one of {', '.join(choices)}; {did_you_mean(value, choices)}")
     for key in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
         value = getattr(config, key)
-        check(
-            isinstance(value, (int, float)) and math.isfinite(value) and value > 0, key, "must be a positive number"
-        )
+        check(isinstance(value, (int, float)) and math.isfinite(value) and value > 0, key, "must be a positive number")
     if problems:
         return problems  # relations between fields make sense only once each field does
 
@@ -369,9 +371,7 @@ def _rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
         for key in scaling
         if key not in allowed
     ]
-    problems += [
-        f"model.rope_scaling.{key} is missing; give a number" for key in sorted(_YARN_REQUIRED - set(scaling))
-    ]
+    problems += [f"model.rope_scaling.{key} is missing; give a number" for key in sorted(_YARN_REQUIRED - set(scaling))]
     for key, value in scaling.items():
         if key != "type" and key in allowed and value is not None and not (_is_number(value) and value > 0):
             problems.append(f"model.rope_scaling.{key}={value!r}: must be a positive number")
@@ -389,7 +389,9 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
         if values.get(key) is not None:
             model_type = foreign_type
     if model_type in _FOREIGN_TYPES:
-        raise ConfigError(f"model_type={model_type!r}: {_FOREIGN_TYPES[model_type]}, which this package does not compute")
+        raise ConfigError(
+            f"model_type={model_type!r}: {_FOREIGN_TYPES[model_type]}, which this package does not compute"
+        )
     heads = values.get("num_attention_heads")
     for key, ours in {
         "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,

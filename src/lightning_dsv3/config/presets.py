@@ -40,7 +40,9 @@ def read_preset(group: str, name: str) -> dict[str, Any]:
         return read_yaml(Path(name), key=group)
     known = preset_names(group)
     if name not in known:
-        raise ConfigError(f"{group}={name!r}: no such preset; {did_you_mean(name, known)}; or give a path to a .yaml file")
+        raise ConfigError(
+            f"{group}={name!r}: no such preset; {did_you_mean(name, known)}; or give a path to a .yaml file"
+        )
     return _mapping(_folder(group).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"{group}={name}")
 
 

@@ -47,7 +47,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"train.optimizer.betas={self.betas}: two numbers in [0, 1) are needed, as in [0.9, 0.95]")
+            raise ConfigError(
+                f"train.optimizer.betas={self.betas}: two numbers in [0, 1) are needed, as in [0.9, 0.95]"
+            )
         if self.eps <= 0 or self.weight_decay < 0:
             raise ConfigError(
                 f"train.optimizer: eps={self.eps} must be positive and weight_decay={self.weight_decay} not negative"
@@ -72,7 +74,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.token_scale is not None and not (math.isfinite(self.token_scale) and self.token_scale > 0):
-            raise ConfigError(f"train.schedule.token_scale={self.token_scale}: must be positive, or null to fit the run")
+            raise ConfigError(
+                f"train.schedule.token_scale={self.token_scale}: must be positive, or null to fit the run"
+            )
         for name in ("learning_rate", "mtp_loss_weight", "bias_update_rate"):
             try:
                 Schedule(getattr(self, name))
@@ -149,7 +153,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if any(not math.isfinite(w) or w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
-            raise ConfigError(f"data.weights={dict(self.weights)}: weights must not be negative and one must be positive")
+            raise ConfigError(
+                f"data.weights={dict(self.weights)}: weights must not be negative and one must be positive"
+            )
         for key in ("num_workers", "val_windows"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"data.{key}={getattr(self, key)}: must be 0 or more")
@@ -220,8 +226,9 @@ class RunConfig:
                 raise ConfigError(f"balance={self.balance}: {method!r}: {did_you_mean(method, BALANCE_METHODS)}")
         if "aux_free" in self.balance and not self.model.has_routing_bias:
             raise ConfigError(
-                f"balance={self.balance}: aux_free moves a routing bias and model.topk_method={self.model.topk_method!r} "
-                "has none; use model.topk_method=noaux_tc or leave aux_free out"
+                f"balance={self.balance}: aux_free moves a routing bias and "
+                f"model.topk_method={self.model.topk_method!r} has none; "
+                "use model.topk_method=noaux_tc or leave aux_free out"
             )
         if self.train.sequence_length <= self.model.num_nextn_predict_layers + 1:
             raise ConfigError(

@@ -1,12 +1,12 @@
-"""Schedules on tokens: the one clock that training hyper-parameters follow.
+r"""Schedules on tokens: the one clock that training hyper-parameters follow.
 
 The report states its learning rate, MTP weight and bias update rate at token counts (section 4.2), so a schedule
 is a list of marks on a token axis and nothing else. A run of another length keeps the shape and scales the axis.
 
     value
       |    ______________            until=10e12 value=2.2e-4 shape=constant
-      |   /              \\           until=14.3e12 value=2.2e-5 shape=cosine
-      |  /                \\____      until=14.633e12 value=2.2e-5 shape=constant
+      |   /              \            until=14.3e12 value=2.2e-5 shape=cosine
+      |  /                \____       until=14.633e12 value=2.2e-5 shape=constant
       | / until=25.2e9 value=2.2e-4 shape=linear
       +--------------------------- tokens seen, the current optimizer step's batch included
 """

@@ -1,4 +1,4 @@
-"""Transformer block: attention, then a dense or a mixture-of-experts feed-forward network, each on a pre-norm residual."""
+"""Transformer block: attention, then a dense or mixture-of-experts network, each on a pre-norm residual."""
 
 from __future__ import annotations
 

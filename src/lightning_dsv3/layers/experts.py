@@ -35,7 +35,8 @@ class Experts(nn.Module):
         Returns:
             ``[T, D]`` in the dtype that the experts compute in.
         """
-        gate_up, down = self.gate_up, self.down
+        gate_up: Tensor = self.gate_up
+        down: Tensor = self.down
         if torch.is_autocast_enabled(x_TD.device.type):  # our operator is on no autocast list
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Return ``silu(gate) * up`` for ``[gate, up]`` side by side in the last dimension: ``[..., 2F]`` to ``[..., F]``."""
+    """Return ``silu(gate) * up`` for gate and up side by side in the last dimension: ``[..., 2F]`` to ``[..., F]``."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

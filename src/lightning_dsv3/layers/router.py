@@ -90,7 +90,8 @@ class Router(nn.Module):
         before = self.bias
         super()._apply(fn, recurse)
         if before is not None and self.bias is not None and self.bias.dtype != torch.float32:
-            # bfloat16 holds 5.0 + 0.001 as 5.0, so a cast bias would silently stop learning: take the device, keep the dtype.
+            # bfloat16 holds 5.0 + 0.001 as 5.0, so a cast bias would silently stop learning: take the device, keep
+            # the dtype.
             self.bias = before.to(device=self.bias.device, dtype=torch.float32)
         return self
 

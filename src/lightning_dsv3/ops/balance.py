@@ -66,8 +66,7 @@ def bias_step(bias_E: Tensor, counts_E: Tensor, update_rate: float | Tensor) -> 
         raise TypeError(f"bias_step: counts have dtype {counts_E.dtype}; give integer counts, best int64.")
     if bias_E.shape != counts_E.shape:
         raise ValueError(
-            f"bias_step: bias has shape {list(bias_E.shape)} and counts "
-            f"{list(counts_E.shape)}; they must be equal."
+            f"bias_step: bias has shape {list(bias_E.shape)} and counts {list(counts_E.shape)}; they must be equal."
         )
     counts_E = counts_E.to(torch.int64)
     total = counts_E.sum(dim=-1, keepdim=True)
@@ -147,14 +146,10 @@ def sequence_balance_loss(
     choices_N = chosen_TK.numel() // num_sequences
 
     # One histogram for all sequences: expert i of sequence n has bin n * E + i.
-    sequence_T1 = torch.arange(num_tokens, device=chosen_TK.device).unsqueeze(-1) // (
-        num_tokens // num_sequences
-    )
+    sequence_T1 = torch.arange(num_tokens, device=chosen_TK.device).unsqueeze(-1) // (num_tokens // num_sequences)
     bins = (sequence_T1 * num_experts + chosen_TK).flatten()
     counts_NE = torch.zeros(num_sequences * num_experts, dtype=torch.float32, device=bins.device)
-    counts_NE = counts_NE.scatter_add(0, bins, torch.ones_like(bins, dtype=torch.float32)).view(
-        num_sequences, -1
-    )
+    counts_NE = counts_NE.scatter_add(0, bins, torch.ones_like(bins, dtype=torch.float32)).view(num_sequences, -1)
     f_NE = counts_NE * (num_experts / choices_N)
 
     # Every sigmoid of a token underflows to 0 below logits of about -104; the floor keeps 0/0 out of the

@@ -1,7 +1,7 @@
 """From tokens to experts and back: permutation, one matrix product for all experts, combination.
 
-    expert_TK --argsort--> slots sorted by expert          every chosen (token, expert) pair is one slot, none is dropped
-    x_TD --permute--> x_ND --grouped_matmul--> y_ND --combine--> y_TD
+    expert_TK --argsort--> slots sorted by expert          every chosen (token, expert) pair is one slot, none is
+    dropped x_TD --permute--> x_ND --grouped_matmul--> y_ND --combine--> y_TD
 
 Shapes: T tokens, K chosen experts per token, N = T*K slots, E experts, D and F widths.
 """
@@ -86,7 +86,7 @@ class _Combine(torch.autograd.Function):
 
 
 def grouped_matmul_loop(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows with its matrix, one expert after the other: the reference of :func:`grouped_matmul`."""
+    """Multiply expert by expert: the reference of :func:`grouped_matmul`."""
     sizes = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
     # unbind, not weight_EFD[e]: indexing's backward fills a whole [E, F, D] of zeros for every expert.
     parts = [x @ w.mT for x, w in zip(x_ND.split(sizes), weight_EFD.unbind(0), strict=True)]
@@ -97,8 +97,8 @@ def grouped_matmul_loop(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Ten
 def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply each expert's rows with its matrix: ``y[n] = weight[e] @ x[n]`` for the expert e of slot n.
 
-    Uses torch's grouped matrix product, and the loop where that refuses (float64; rows that are no multiple of 16 bytes).
-    A registered operator, so that ``torch.compile`` and meta tensors work in every dtype.
+    Uses torch's grouped matrix product, and the loop where that refuses (float64; rows that are no multiple of 16
+    bytes). A registered operator, so that ``torch.compile`` and meta tensors work in every dtype.
 
     Args:
         x_ND: Rows sorted by expert, ``[N, D]``.
@@ -164,8 +164,10 @@ grouped_outer.register_autograd(_outer_backward, setup_context=_save_operands)
 
 
 def _fits_grouped_mm(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped product takes these operands: 16- or 32-bit floats in rows of whole 16 bytes, no empty one."""
+    """Whether torch's grouped product takes these operands: 16- or 32-bit floats in rows of whole 16 bytes."""
     if a.dtype not in (torch.float32, torch.bfloat16, torch.float16) or a.dtype != b.dtype:
         return False
     step = 16 // a.element_size()
-    return a.numel() > 0 and all(size % step == 0 for size in (a.shape[-1], b.shape[-1], b.shape[-2] if b.dim() == 3 else step))
+    return a.numel() > 0 and all(
+        size % step == 0 for size in (a.shape[-1], b.shape[-1], b.shape[-2] if b.dim() == 3 else step)
+    )

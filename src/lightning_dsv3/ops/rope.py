@@ -1,7 +1,8 @@
 """Rotary position embedding with YaRN (arXiv 2309.00071), in DeepSeek's interleaved pairing.
 
 Dimensions (0, 1), (2, 3), ... of a head turn together, as in the released weights. The result is written first halves
-first, ``[x0', x2', ..., x1', x3', ...]``: queries and keys get the same order, so no score changes, and one copy is saved.
+first, ``[x0', x2', ..., x1', x3', ...]``: queries and keys get the same order, so no score changes, and one copy is
+saved.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def rope_table(
     Returns:
         ``(cos, sin)``, float32 ``[..., S, dim / 2]``, YaRN's attention factor included.
     """
-    # Recomputed in float32 at each call: a buffer would be cast by `.to(bfloat16)` and turn far positions by wrong angles.
+    # Recomputed in float32 at each call: a buffer would be cast by `.to(bfloat16)` and turn far positions by wrong
+    # angles.
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     frequency = 1.0 / theta**pair
     factor = 1.0

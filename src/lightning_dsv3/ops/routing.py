@@ -48,8 +48,8 @@ def choose_experts(
         num_experts_per_tok: K experts to choose.
         n_group: Groups G of E/G neighbouring experts.
         topk_group: Groups M that a token may use.
-        experts_in_group_score: A group's score is the sum of its so many highest biased affinities: 2 in DeepSeek's code,
-            K/M as the report prints, 1 in DeepSeek-V2 (the maximum).
+        experts_in_group_score: A group's score is the sum of its so many highest biased affinities: 2 in DeepSeek's
+            code, K/M as the report prints, 1 in DeepSeek-V2 (the maximum).
 
     Returns:
         Chosen experts, int64 ``[T, K]``, in no particular order. No token is dropped.
@@ -65,7 +65,9 @@ def choose_experts(
     return choice_TE.topk(num_experts_per_tok, dim=-1, sorted=False).indices
 
 
-def gate_values(affinity_TE: Tensor, expert_TK: Tensor, *, norm_topk_prob: bool, routed_scaling_factor: float) -> Tensor:
+def gate_values(
+    affinity_TE: Tensor, expert_TK: Tensor, *, norm_topk_prob: bool, routed_scaling_factor: float
+) -> Tensor:
     """Return the gate values g of the chosen experts (eq. 13), from the affinities without the bias.
 
     Args:

@@ -84,9 +84,7 @@ class Environment:
     def run(self, *command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         words = [str(word) for word in command]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        return subprocess.run(
-            words, capture_output=True, text=True, env=environ, timeout=120, cwd=cwd or self.bin
-        )
+        return subprocess.run(words, capture_output=True, text=True, env=environ, timeout=120, cwd=cwd or self.bin)
 
 
 @pytest.fixture
@@ -110,7 +108,5 @@ def write_wheel(folder: Path, name: str, files: dict[str, str], scripts: dict[st
     with zipfile.ZipFile(path, "w") as archive:
         for member, text in members.items():
             archive.writestr(member, text)
-        archive.writestr(
-            f"{info}/RECORD", "".join(f"{member},,\n" for member in [*members, f"{info}/RECORD"])
-        )
+        archive.writestr(f"{info}/RECORD", "".join(f"{member},,\n" for member in [*members, f"{info}/RECORD"]))
     return path

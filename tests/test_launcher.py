@@ -95,9 +95,7 @@ class TestCommandLine:
             "trainer.strategy=fsdp",
             "trainer.max_steps=3",
         ]
-        options = parse_launch_options(
-            [str(script), *words, "trainer.precision=bf16-true", "trainer.num_nodes=1"]
-        )
+        options = parse_launch_options([str(script), *words, "trainer.precision=bf16-true", "trainer.num_nodes=1"])
         assert (options.devices, options.accelerator, options.strategy) == ("0,1", "cpu", "fsdp")
         assert options.precision == "bf16-true"
         assert options.script_arguments == ("trainer.max_steps=3",)
@@ -117,9 +115,7 @@ class TestCommandLine:
         assert parse_launch_options([str(script), "--strategy", strategy]).strategy == strategy
 
     def test_unknown_options_after_the_script_belong_to_it(self, script):
-        options = parse_launch_options(
-            [str(script), "--epochs", "3", "--", "--devices", "9", "trainer.devices=9"]
-        )
+        options = parse_launch_options([str(script), "--epochs", "3", "--", "--devices", "9", "trainer.devices=9"])
         assert options.script_arguments == ("--epochs", "3", "--devices", "9", "trainer.devices=9")
         assert options.devices == "1"
 
@@ -187,9 +183,7 @@ class TestMissingScript:
 
 class TestHelp:
     def test_help_teaches_without_loading_torch(self):
-        program = (
-            "import sys; from lightning_dsv3.cli.launcher import main; main(['run', 'model', '--help']);"
-        )
+        program = "import sys; from lightning_dsv3.cli.launcher import main; main(['run', 'model', '--help']);"
         program += "print('torch' in sys.modules)"
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         *text, loaded = result.stdout.splitlines()
@@ -266,9 +260,7 @@ class TestOtherCommands:
     def test_beside_lightning_sdk_in_either_order(self, order, tree_wheel, new_environment, tmp_path):
         source = "import sys\ndef main_cli():\n    print('lightning_sdk got', sys.argv[1:])\n"
         files = {"lightning_sdk/__init__.py": "", "lightning_sdk/entry.py": source}
-        sdk_wheel = write_wheel(
-            tmp_path, "lightning_sdk", files, {"lightning": "lightning_sdk.entry:main_cli"}
-        )
+        sdk_wheel = write_wheel(tmp_path, "lightning_sdk", files, {"lightning": "lightning_sdk.entry:main_cli"})
         environment = new_environment()
         for wheel in [sdk_wheel, tree_wheel] if order == "ours last" else [tree_wheel, sdk_wheel]:
             environment.install(wheel)
@@ -333,9 +325,7 @@ class TestDevicesAndPorts:
 @pytest.mark.distributed
 class TestProcesses:
     def test_two_processes_on_a_cpu_meet(self, script):
-        result = run(
-            "--devices", "2", "--accelerator", "cpu", script, "mode=gloo", "trainer.precision=fp8-block"
-        )
+        result = run("--devices", "2", "--accelerator", "cpu", script, "mode=gloo", "trainer.precision=fp8-block")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("sum 3.0") == 2
         assert "rank 1 of 2 ['mode=gloo']" in result.stdout
@@ -364,10 +354,7 @@ class TestProcesses:
         assert result.returncode == 1
         assert result.stderr.count("Traceback") == 1
         assert "RuntimeError: a mistake in the script" in result.stderr
-        assert (
-            result.stderr.splitlines()[-1]
-            == f"lightning run model: {script} (rank 1) failed with exit code 1."
-        )
+        assert result.stderr.splitlines()[-1] == f"lightning run model: {script} (rank 1) failed with exit code 1."
 
     def test_the_exit_code_is_the_script_s(self, script):
         result = run(script, "--accelerator=cpu", "mode=seven")

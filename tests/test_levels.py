@@ -31,9 +31,7 @@ ALLOWED = {("__main__", "cli")}
 PACKAGE = ROOT / "src" / "lightning_dsv3"
 # `configs` is data: it is read by name through importlib.resources and imports nothing.
 TORCH_FREE = ("config", "configs")
-FILES = sorted(
-    path.relative_to(PACKAGE) for unit in PACKAGE.iterdir() for path in [unit, *unit.glob("**/*.py")]
-)
+FILES = sorted(path.relative_to(PACKAGE) for unit in PACKAGE.iterdir() for path in [unit, *unit.glob("**/*.py")])
 FILES = [path for path in FILES if path.suffix == ".py" and path != Path("__init__.py")]
 
 
@@ -68,9 +66,7 @@ def test_a_file_imports_only_from_lower_lines(path):
         other = rest.partition(".")[0]
         assert other in LEVEL, f"{path} imports {name}: inside the package import a name from its home"
         if other != unit and (unit, other) not in ALLOWED:
-            assert LEVEL[other] < LEVEL[unit], (
-                f"{path} (level {LEVEL[unit]}) imports {name} (level {LEVEL[other]})"
-            )
+            assert LEVEL[other] < LEVEL[unit], f"{path} (level {LEVEL[unit]}) imports {name} (level {LEVEL[other]})"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if unit_of(path) in TORCH_FREE], ids=str)
@@ -79,9 +75,7 @@ def test_the_configuration_imports_no_torch(path):
     assert not heavy & {name.partition(".")[0] for name in imported_names(path)}
 
 
-@pytest.mark.parametrize(
-    "module", ["lightning_dsv3.config", "lightning_dsv3.cli.launcher", "lightning_dsv3.configs"]
-)
+@pytest.mark.parametrize("module", ["lightning_dsv3.config", "lightning_dsv3.cli.launcher", "lightning_dsv3.configs"])
 def test_light_modules_do_not_load_torch(module):
     program = f"import sys, {module}; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -108,9 +108,7 @@ def test_source_distribution_holds_what_the_wheel_needs(source_distribution):
     with tarfile.open(source_distribution) as archive:
         names = [member.name.partition("/")[2] for member in archive if member.isfile()]
     assert len(names) == len(set(names))
-    assert {"pyproject.toml", "README.md", "LICENSE", "callbacks/__init__.py", "configs/__init__.py"} <= set(
-        names
-    )
+    assert {"pyproject.toml", "README.md", "LICENSE", "callbacks/__init__.py", "configs/__init__.py"} <= set(names)
     assert not [name for name in names if name.startswith(("runs/", "dist/", ".venv/"))]
 
 

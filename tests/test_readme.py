@@ -61,9 +61,7 @@ def read_blocks(text: str) -> list[Block]:
             raise ValueError(f"README.md: unknown mark <!-- test: {mark} -->")
         line = text.count("\n", 0, match.start("fence")) + 1
         language = match["language"].strip()
-        blocks.append(
-            Block(line, language, match["code"], before[1] if before else "", skip[1] if skip else "")
-        )
+        blocks.append(Block(line, language, match["code"], before[1] if before else "", skip[1] if skip else ""))
     return blocks
 
 
@@ -115,9 +113,7 @@ def check_lightning(words: list[str]) -> None:
     if words[:2] != ["run", "model"] or "--help" in words:
         return
     # Files of the reader's own: a run that was made before, a configuration written by hand.
-    options = parse_launch_options(
-        [word for word in words[2:] if not word.startswith(("resume=", "config="))]
-    )
+    options = parse_launch_options([word for word in words[2:] if not word.startswith(("resume=", "config="))])
     if options.script == Path("examples/train.py"):
         load_run_config(options.script_arguments)
 
@@ -133,9 +129,7 @@ def test_python_block_runs(block, tmp_path):
     environ = os.environ | {"LIGHTNING_DSV3_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "block.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, (
-        f"README.md line {block.line}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    )
+    assert result.returncode == 0, f"README.md line {block.line}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in SHELLS], ids=str)
@@ -161,9 +155,7 @@ def test_the_page_shows_python_and_both_commands():
 
 def test_links_and_pictures_lead_to_files_of_the_project():
     targets = re.findall(r"\]\(([^)\s]+)\)", README.read_text(encoding="utf-8"))
-    local = [
-        target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")
-    ]
+    local = [target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")]
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 

@@ -21,12 +21,8 @@ def project_files():
     paths = [ROOT / name for name in TOP if (ROOT / name).exists()]
     for folder in FOLDERS:
         # Links are followed by their real folders, which are in the list.
-        paths += [
-            path for path in (ROOT / folder).glob("**/*") if not any(p.is_symlink() for p in path.parents)
-        ]
-    chosen = {
-        path for path in paths if path.is_file() and path.suffix in TEXT and not SKIPPED & set(path.parts)
-    }
+        paths += [path for path in (ROOT / folder).glob("**/*") if not any(p.is_symlink() for p in path.parents)]
+    chosen = {path for path in paths if path.is_file() and path.suffix in TEXT and not SKIPPED & set(path.parts)}
     return sorted(path.relative_to(ROOT) for path in chosen)
 
 
@@ -39,9 +35,7 @@ def test_no_source_file_is_longer_than_500_lines(path):
 
 
 def test_no_file_names_a_package_registry():
-    found = [
-        (str(path), host) for path in FILES for host in REGISTRIES if host in (ROOT / path).read_text("utf-8")
-    ]
+    found = [(str(path), host) for path in FILES for host in REGISTRIES if host in (ROOT / path).read_text("utf-8")]
     assert found == []
 
 

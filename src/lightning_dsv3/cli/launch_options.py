@@ -212,9 +212,7 @@ def _checked(script: Path, script_arguments: tuple[str, ...], values: dict[str, 
         num_nodes=_integer("--num-nodes", values.get("--num-nodes", "1"), low=1),
         node_rank=_integer("--node-rank", values.get("--node-rank", "0"), low=0),
         main_address=values.get("--main-address", "127.0.0.1"),
-        main_port=_integer("--main-port", values["--main-port"], 1, 65535)
-        if "--main-port" in values
-        else None,
+        main_port=_integer("--main-port", values["--main-port"], 1, 65535) if "--main-port" in values else None,
     )
     if options.node_rank >= options.num_nodes:
         raise LaunchError(
@@ -238,13 +236,9 @@ def _checked_devices(devices: str) -> str:
 
 def _checked_accelerator(accelerator: str | None) -> str | None:
     if accelerator == "tpu":
-        raise LaunchError(
-            "--accelerator tpu cannot be started by this launcher; run the script with python itself."
-        )
+        raise LaunchError("--accelerator tpu cannot be started by this launcher; run the script with python itself.")
     if accelerator is not None and accelerator not in _ACCELERATORS:
-        raise LaunchError(
-            f"--accelerator {accelerator!r} is unknown; choose one of: {', '.join(_ACCELERATORS)}."
-        )
+        raise LaunchError(f"--accelerator {accelerator!r} is unknown; choose one of: {', '.join(_ACCELERATORS)}.")
     return accelerator
 
 
@@ -264,7 +258,5 @@ def _integer(name: str, value: str, low: int, high: int | None = None) -> int:
     except ValueError:
         raise LaunchError(f"{name} {value!r} is not a whole number.") from None
     if number < low or (high is not None and number > high):
-        raise LaunchError(
-            f"{name} {value} is out of range: it must be {low} {f'to {high}' if high else 'or more'}."
-        )
+        raise LaunchError(f"{name} {value} is out of range: it must be {low} {f'to {high}' if high else 'or more'}.")
     return number

@@ -94,9 +94,7 @@ def _resolve_devices(options: LaunchOptions) -> tuple[str, int]:
         return devices, _get_num_processes(accelerator, devices)
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise LaunchError(
-            f"--devices {devices} --accelerator {accelerator} cannot be had here: {reason}"
-        ) from error
+        raise LaunchError(f"--devices {devices} --accelerator {accelerator} cannot be had here: {reason}") from error
 
 
 def _prepare_environment(num_processes: int) -> None:

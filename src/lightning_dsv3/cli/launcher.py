@@ -110,9 +110,7 @@ def _sdk_command() -> Callable[[], Any] | None:
             try:
                 return script.load()
             except ImportError as error:
-                raise SystemExit(
-                    f"lightning: lightning_sdk is installed but cannot be imported: {error}"
-                ) from error
+                raise SystemExit(f"lightning: lightning_sdk is installed but cannot be imported: {error}") from error
     return None
 
 

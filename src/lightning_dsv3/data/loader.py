@@ -1,0 +1,281 @@
+"""The loaders: an endless training stream that knows where it is, and held-out windows shared out over ranks.
+
+Sample n of the training stream is a pure function of (seed, n): the mixture draws its domain, and it takes that
+domain's next window. Optimizer step k reads samples k*B .. (k+1)*B - 1, whoever reads them:
+
+    sample        0   1   2   3   4   5   6   7        B = 8
+    1 process     |-------- micro-batch 0 -----|
+    2 ranks       |-- rank 0 ---|-- rank 1 ----|
+    accumulate 2  |-- micro 0 --|-- micro 1 ---|       (with 2 ranks each micro-batch is split once more)
+
+So the position of a run is one number, the samples that were used, beside the number of windows that each domain has
+given, which spares counting them again and lets a resumed run change its mixture without reading anything twice.
+
+Lightning asks for the position in the middle of things: it has fetched one batch ahead, workers have fetched more. The
+position is therefore counted in batches that the Trainer has processed, and not in batches that were handed out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+
+from lightning_dsv3.data.packing import IGNORED_LABEL, HeldOutWindows, Int64Array, TrainingWindows
+from lightning_dsv3.data.sampling import Mixture
+from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the training stream has been used.
+
+    Attributes:
+        samples: Sequences, over all ranks.
+        windows: Of these, how many each domain has given.
+    """
+
+    samples: int
+    windows: tuple[int, ...]
+
+    def moved_to(self, samples: int, mixture: Mixture) -> Position:
+        """Return the position at ``samples``, which is not before this one."""
+        counts = mixture.counts(self.samples, samples)
+        return Position(samples, tuple(int(n) for n in self.windows + counts))
+
+
+class TrainingStream(IterableDataset[Batch]):
+    """One rank's micro-batches of the training stream, without end.
+
+    It is an IterableDataset so that Lightning leaves the order alone. Worker w of W makes the batches w, w + W, ...;
+    the loader takes them in turn, so their number changes nothing.
+
+    Args:
+        domains: Training windows of each domain.
+        mixture: Draws the domain of each sample.
+        rows: Sequences per micro-batch and rank.
+        rank: This process.
+        world_size: All processes.
+    """
+
+    def __init__(
+        self, domains: Sequence[TrainingWindows], mixture: Mixture, *, rows: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._domains = list(domains)
+        self.mixture = mixture
+        self.rows = rows
+        self.rank = rank
+        self.world_size = world_size
+        self.start = Position(0, (0,) * len(self._domains))
+
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples that all ranks together use at a micro-batch."""
+        return self.rows * self.world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        position = self.start.moved_to(self.start.samples + first * self.samples_per_batch, self.mixture)
+        while True:
+            yield self.batch(position)
+            position = position.moved_to(position.samples + stride * self.samples_per_batch, self.mixture)
+
+    def batch(self, position: Position) -> Batch:
+        """Return this rank's share of the micro-batch that begins at ``position``."""
+        skipped = self.rank * self.rows
+        domains = self.mixture.domains(position.samples, position.samples + skipped + self.rows)
+        mine = domains[skipped:]
+        taken = np.asarray(position.windows) + np.bincount(domains[:skipped], minlength=len(self._domains))
+        rows = []
+        for domain in mine:
+            rows.append(self._domains[domain][int(taken[domain])])
+            taken[domain] += 1
+        input_ids = torch.from_numpy(np.stack(rows))
+        # Training windows have no padding: every position is a label.
+        return {"input_ids": input_ids, "labels": input_ids.clone(), "domain": torch.from_numpy(mine)}
+
+
+class FitProgress:
+    """What a Trainer's fit loop has done with the batches.
+
+    Args:
+        trainer: A Trainer that is fitting.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    @property
+    def batches_done(self) -> int:
+        """Micro-batches of this rank that went through a whole training step, since the run's beginning."""
+        return int(self._batch_progress.total.processed)
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.trainer.accumulate_grad_batches
+
+    @property
+    def _batch_progress(self) -> Any:
+        return self.trainer.fit_loop.epoch_loop.batch_progress
+
+    def convert(self, accumulated: int) -> None:
+        """Restate Lightning's counts of a run that accumulated ``accumulated`` batches in this run's batches.
+
+        Lightning steps the optimizer at every batch whose count is a multiple of accumulate_grad_batches. With the old
+        counts and another number (as on another number of devices) the first step would miss a part of its batches.
+        """
+        now = self.accumulate_grad_batches
+        progress = self._batch_progress
+        if inside := progress.total.processed % accumulated:
+            warnings.warn(
+                f"The checkpoint was made inside an optimizer step: {inside} of its {accumulated} accumulated batches "
+                "were done, and their gradients are not in it. The first step of this run misses them.",
+                stacklevel=3,
+            )
+        elif now != accumulated:
+            for count in (progress.total, progress.current):
+                added = count.processed // accumulated * now - count.processed
+                for event in ("ready", "started", "processed", "completed"):
+                    setattr(count, event, getattr(count, event) + added)
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A DataLoader over a :class:`TrainingStream` that can say and restore where it is.
+
+    Lightning saves and loads its state with every checkpoint, as it does for any loader with these two methods. Every
+    ``iter()`` goes on from the current position.
+
+    Args:
+        dataset: The stream.
+        identity: What the order of samples depends on, in plain values; a state of another order is told about.
+        domains: Names of the domains.
+        progress: The training loop that uses the batches. None counts what is handed out, which is right for a plain
+            loop over the loader.
+        num_workers: Processes that make batches; 0 for none.
+        pin_memory: Copy batches to pinned memory.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainingStream,
+        *,
+        identity: Mapping[str, Any],
+        domains: Sequence[str],
+        progress: FitProgress | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        self.identity = dict(identity)
+        self.domains = list(domains)
+        self.progress = progress
+        self._stream = dataset
+        self._handed_out = 0
+        self._known = dataset.start
+        self._done_before = self._count()
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # The stream, and with it every worker, begins where the used batches end.
+        self.position = self.position
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._handed_out += 1
+            yield batch
+
+    def _count(self) -> int:
+        return self._handed_out if self.progress is None else self.progress.batches_done
+
+    @property
+    def position(self) -> Position:
+        """Where the next batch that has not been used begins."""
+        used = (self._count() - self._done_before) * self._stream.samples_per_batch
+        self._known = self._known.moved_to(self._stream.start.samples + used, self._stream.mixture)
+        return self._known
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self._stream.start = self._known = position
+        self._done_before = self._count()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in plain values; it is the same on every rank."""
+        position = self.position
+        return {
+            "samples": position.samples,
+            "windows": dict(zip(self.domains, position.windows, strict=True)),
+            "identity": self.identity,
+            "accumulate_grad_batches": 1 if self.progress is None else self.progress.accumulate_grad_batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position; it may come from another number of ranks, micro-batches or workers."""
+        saved = state["identity"]
+        changed = [key for key, value in self.identity.items() if saved.get(key) != value]
+        if changed:
+            then_and_now = "; ".join(f"{key} was {saved.get(key)!r} and is {self.identity[key]!r}" for key in changed)
+            warnings.warn(
+                f"The checkpoint was made on other training data: {then_and_now}. The run goes on at sample "
+                f"{state['samples']} of the data that it has now.",
+                stacklevel=2,
+            )
+        if self.progress is not None:
+            self.progress.convert(state["accumulate_grad_batches"])
+        self.position = Position(state["samples"], tuple(state["windows"].get(name, 0) for name in self.domains))
+
+
+class HeldOutBatches(Dataset[Batch]):
+    """One rank's batches of held-out windows, the same number on every rank.
+
+    A batch has rows of one domain. Rows are dealt out to the ranks and then evenly to batches, so every row is read
+    exactly once over all ranks. Only where a rank has none left for a batch, it gets one row with nothing to predict.
+
+    Args:
+        domains: Held-out windows of each domain.
+        rows: Sequences per batch, at most.
+        rank: This process.
+        world_size: All processes.
+    """
+
+    def __init__(self, domains: Sequence[HeldOutWindows], *, rows: int, rank: int = 0, world_size: int = 1) -> None:
+        self._domains = list(domains)
+        self._batches: list[tuple[int, Int64Array]] = []
+        for domain, windows in enumerate(self._domains):
+            most = -(-len(windows) // world_size)
+            mine = np.arange(rank, len(windows), world_size)
+            num_batches = -(-most // rows)
+            if num_batches:
+                self._batches += [(domain, part) for part in np.array_split(mine, num_batches)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        domain, chosen = self._batches[index]
+        rows = [self._domains[domain][int(row)] for row in chosen]
+        if not rows:
+            input_ids, labels = self._domains[domain][0]
+            rows = [(np.full_like(input_ids, EOS_TOKEN_ID), np.full_like(labels, IGNORED_LABEL))]
+        return {
+            "input_ids": torch.from_numpy(np.stack([row[0] for row in rows])),
+            "labels": torch.from_numpy(np.stack([row[1] for row in rows])),
+            "domain": torch.full((len(rows),), domain, dtype=torch.int64),
+        }
+
+
+def held_out_loader(batches: HeldOutBatches, *, pin_memory: bool = False) -> DataLoader[Batch]:
+    """Make the loader of validation or test. Cutting a window from a mapped file needs no worker."""
+    # Sharding is done; a sampler of this kind, for one replica, keeps Lightning from doing it again.
+    sampler: DistributedSampler[Batch] = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)
+    return DataLoader(batches, batch_size=None, sampler=sampler, pin_memory=pin_memory)

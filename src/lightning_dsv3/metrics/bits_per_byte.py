@@ -68,4 +68,4 @@ def _bits_per_byte_update(losses: Tensor, token_bytes: Tensor) -> tuple[Tensor, 
 
 
 def _bits_per_byte_compute(nats: Tensor, num_bytes: Tensor) -> Tensor:
-    return nats / (math.log(2) * num_bytes)
+    return nats / (math.log(2) * num_bytes.to(torch.float64))

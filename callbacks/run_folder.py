@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import inspect
 import json
 import lzma
 import math
@@ -78,6 +79,7 @@ class RunFolder(Callback):
         self._tokens = 0
         self._seconds = 0.0
         self._trained_tokens = 0
+        self._validated_at = -1
 
     def logger(self) -> CSVLogger:
         """Return the logger that writes ``metrics.csv`` into the folder."""
@@ -114,6 +116,12 @@ class RunFolder(Callback):
             self._handlers[number] = signal.signal(number, self._on_signal)
         self._clock = time.monotonic()
         self._tokens = getattr(pl_module, "tokens_seen", 0)
+        counts = self.config.model.num_parameters()
+        rank_zero_info(
+            f"{self.config.name}: {_millions(counts.total)} parameters, {_millions(counts.activated)} activated per "
+            f"token, {_millions(counts.mtp)} in MTP modules; "
+            f"balance: {', '.join(self.config.balance) or 'none'}; run folder {self.path}"
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,6 +150,19 @@ class RunFolder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave validation out of the throughput."""
         self._clock += time.monotonic() - self._paused
+        self._validated_at = trainer.global_step
+
+    def validated(self, trainer: Trainer) -> bool:
+        """Return whether the last validation was of the weights that training ended with."""
+        return self._validated_at == trainer.global_step
+
+    @property
+    def safe_loading(self) -> dict[str, Any]:
+        """Arguments of ``Trainer.fit`` and ``Trainer.validate`` that let a checkpoint unpickle nothing."""
+        if "weights_only" in inspect.signature(Trainer.fit).parameters:
+            return {"weights_only": True}
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # Lightning 2.5 has no argument for it
+        return {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, whatever ended training, and give Ctrl-C back."""

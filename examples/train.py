@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dsv3 import DeepSeekV3DataModule, DeepSeekV3Module
-from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder
+from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder, StepProgressBar
 from lightning_dsv3.cli.trainer_arguments import trainer_arguments
 from lightning_dsv3.config import ConfigError, load_run_config
 
@@ -37,6 +37,7 @@ def main() -> None:
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 5,
+        "enable_model_summary": False,
     }
     trainer = L.Trainer(
         logger=run.logger(),
@@ -44,6 +45,7 @@ def main() -> None:
             balance,
             monitor,
             run,
+            StepProgressBar(),
             ModelCheckpoint(
                 dirpath=run.path / "checkpoints", filename="step-{step}", auto_insert_metric_name=False,
                 every_n_train_steps=train.validate_every_steps, save_last=True,
@@ -68,8 +70,9 @@ def main() -> None:
         batch_size=train.batch_size,
         seed=config.seed,
     )
-    trainer.fit(module, data, ckpt_path=run.checkpoint)
-    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data, ckpt_path=run.checkpoint, **run.safe_loading)
+    if not run.validated(trainer):
+        trainer.validate(module, data, verbose=False, **run.safe_loading)
     run.finish(trainer, module, monitor)
     if run.stopped_by is not None:
         sys.exit(128 + run.stopped_by)

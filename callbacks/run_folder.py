@@ -282,7 +282,7 @@ def closing_table(summary: Mapping[str, Any], path: Path) -> str:
         "next:",
         f"  go on         lightning run model examples/train.py resume={path} "
         f"train.total_tokens={2 * (summary['tokens'] or 1)}",
-        "  compare       lightning run model examples/train.py study=no_balance",
+        "  compare       lightning run model examples/train.py study=no_aux_free",
         "  bigger        lightning run model examples/train.py model.hidden_size=256 train.total_tokens=4000000",
         f"  look          {path / 'figures'}",
     ]

@@ -2,7 +2,7 @@
 
     lightning run model examples/train.py                                  minutes on a laptop, real text, no GPU
     lightning run model examples/train.py train.total_tokens=4000000 model.hidden_size=256
-    lightning run model examples/train.py study=no_balance                 the same without balancing
+    lightning run model examples/train.py study=no_aux_free                 the same with the bias left alone
     lightning run model --devices 2 --accelerator cpu examples/train.py    two processes, same curve
     lightning run model examples/train.py resume=runs/<run>                go on
 

@@ -50,8 +50,9 @@ class AuxFreeBalanceCallback(Callback):
       ``training_step`` returned None under automatic optimization does not count.
     * Ranks that see different tokens are summed, with one collective per step for all layers together.
 
-    It logs ``moe/max_violation`` (the mean of the layers' MaxVio for the step's whole batch) at every step,
-    as ``MaxVio`` in the progress bar, and ``moe/<layer>/max_violation`` whenever the Trainer writes its logs.
+    Whenever the Trainer writes its logs (``log_every_n_steps``) it logs ``moe/<layer>/max_violation``, the
+    MaxVio of the step's whole batch, and ``moe/max_violation``, their mean. The progress bar shows the mean
+    of every step as ``MaxVio``.
 
     A checkpoint holds the tokens seen, and within an accumulation window its counts so far (the sum over
     ranks; after a resume they are with the first rank). Training resumes bit for bit where Lightning does, at
@@ -192,9 +193,7 @@ class AuxFreeBalanceCallback(Callback):
         if self._window is not None:
             # Windows are open on all ranks or on none, and Lightning saves on all, so the collective is safe.
             counts = self._observer.split(sum_over_ranks(self._window.clone(), self._group).cpu())
-            window = {
-                router.name: counts_E.clone() for router, counts_E in zip(self._routers, counts, strict=True)
-            }
+            window = {router.name: counts_E.clone() for router, counts_E in zip(self._routers, counts, strict=True)}
         checkpoint.setdefault("callbacks", {})[self.state_key] = {
             "tokens_seen": self.tokens_seen,
             "window_counts": window,
@@ -209,9 +208,7 @@ class AuxFreeBalanceCallback(Callback):
             self._tokens_seen = torch.tensor(state["tokens_seen"], dtype=torch.int64)
             self._restored_window = dict(state["window_counts"])
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
         self._detach()
 
@@ -258,24 +255,25 @@ class AuxFreeBalanceCallback(Callback):
         if stepped is False:
             return
         rate: float | Tensor = (
-            _valid_rate(self.update_rate(self.tokens_seen))
-            if callable(self.update_rate)
-            else self.update_rate
+            _valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
         )
         if isinstance(stepped, Tensor):
             rate = stepped.to(torch.float32) * rate
         update_biases(self._routers, counts, rate)
 
-    def _log_violation(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: list[Tensor]
-    ) -> None:
+    def _log_violation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: list[Tensor]) -> None:
+        # A call of `log` takes the host longer than the update of all biases, so only what will be read is
+        # logged. Values go there as tensors: whoever shows or writes them makes the host wait, not this step.
+        has_bar = trainer.progress_bar_callback is not None
+        is_written = trainer._logger_connector.should_update_logs
+        if not (has_bar or is_written):
+            return
         violation_L = max_violations(counts)
         mean = violation_L.nanmean()
-        pl_module.log("moe/max_violation", mean, on_step=True, on_epoch=False)
-        pl_module.log("MaxVio", mean, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-        # One value per layer costs more than the update itself; nobody reads it between two writes of the
-        # log.
-        if trainer._logger_connector.should_update_logs:
+        if has_bar:
+            pl_module.log("MaxVio", mean, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        if is_written:
+            pl_module.log("moe/max_violation", mean, on_step=True, on_epoch=False)
             for router, violation in zip(self._routers, violation_L.unbind(), strict=True):
                 pl_module.log(f"moe/{router.name}/max_violation", violation, on_step=True, on_epoch=False)
 

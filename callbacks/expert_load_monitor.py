@@ -59,9 +59,7 @@ class ExpertLoadMonitor(Callback):
         True
     """
 
-    def __init__(
-        self, routers: Sequence[RouterAdapter] | None = None, domains: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, routers: Sequence[RouterAdapter] | None = None, domains: Sequence[str] | None = None) -> None:
         super().__init__()
         self.first_loads: dict[str, Any] | None = None
         self.loads: dict[str, Any] | None = None
@@ -137,8 +135,7 @@ class ExpertLoadMonitor(Callback):
         )
         names = [router.name for router in self._observer.routers]
         by_domain = {
-            domain: [counts_GE[index] for counts_GE in counts]
-            for index, domain in enumerate([*self._domains, ALL])
+            domain: [counts_GE[index] for counts_GE in counts] for index, domain in enumerate([*self._domains, ALL])
         }
         if self._domains and not any(counts_E.any() for counts_E in by_domain[ALL]):
             del by_domain[ALL]
@@ -152,9 +149,7 @@ class ExpertLoadMonitor(Callback):
             if name in self.loads["layers"]:
                 pl_module.log(f"val/moe/{name}/max_violation", violation, sync_dist=True)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
         self._observer.detach()
 
@@ -165,9 +160,7 @@ class ExpertLoadMonitor(Callback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         routers = find_routers(pl_module, self._adapters)
         domains = self._given_domains or getattr(getattr(trainer, "datamodule", None), "domains", None) or []
-        changed = [router.module for router in routers] != [
-            router.module for router in self._observer.routers
-        ]
+        changed = [router.module for router in routers] != [router.module for router in self._observer.routers]
         if changed or list(domains) != self._domains or not self._observer.routers:
             self._observer.detach()
             self._domains = list(domains)

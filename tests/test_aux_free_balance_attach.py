@@ -129,7 +129,7 @@ class TestAttaching:
         module = WithGate()
         module.gate = Gate()
         callback = AuxFreeBalanceCallback(RATE, routers=[GateAdapter()])
-        trainer = make_trainer(callback, max_steps=1, log_every_n_steps=1)
+        trainer = make_trainer(callback, max_steps=1)
         trainer.fit(module, data(2))
         mean = len(chosen) / 4
         sign = [(mean > n) - (mean < n) for n in map(chosen.count, range(4))]

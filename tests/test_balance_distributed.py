@@ -58,7 +58,6 @@ def train(
         accumulate_grad_batches=accumulate,
         max_steps=STEPS,
         use_distributed_sampler=False,
-        log_every_n_steps=1,
     )
     rows = list(data(ROWS_PER_STEP * STEPS).dataset)[trainer.global_rank :: world_size]
     loader = DataLoader(rows, batch_size=ROWS_PER_STEP // world_size // accumulate)

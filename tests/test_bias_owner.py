@@ -8,14 +8,16 @@ import weakref
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from tiny_moe import MoE, make_router
+from tiny_moe import D, MoE, make_router
 from torch import nn
 
 from lightning_dsv3.balance import (
     OptimizerStepWatcher,
+    RouterObserver,
     bias_owner,
     claim_bias,
     find_routers,
+    max_violations,
     release_bias,
     update_biases,
 )
@@ -80,6 +82,19 @@ class TestUpdateBiases:
             assert router.bias is tensor, "written in place"
             load = count.double()
             torch.testing.assert_close(router.bias, (0.01 * torch.sign(load.mean() - load)).float())
+
+    def test_count_sum_and_update_never_read_the_device(self):
+        # Meta tensors have no values: whatever would make the host wait for a GPU raises here.
+        model = MoE(num_experts=(6, 5, 6)).to("meta")
+        observer = RouterObserver(find_routers(model))
+        observer.attach()
+        observer.start("meta")
+        observer.open()
+        for router in model.routers():
+            router(torch.empty(7, D, device="meta"))
+        counts = observer.take()
+        update_biases(observer.routers, counts, torch.tensor(0.001, device="meta"))
+        assert max_violations(counts).shape == (3,)
 
     def test_a_bfloat16_bias_is_refused(self):
         model = MoE()

@@ -209,6 +209,7 @@ def make_trainer(*callbacks: Any, cls: type = pl.Trainer, **arguments: Any) -> A
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
     }
     return cls(callbacks=list(callbacks), **{**quiet, **arguments})
 

@@ -14,9 +14,7 @@ from lightning_dsv3.ops.balance import bias_step
 
 
 @torch.no_grad()
-def update_biases(
-    routers: Sequence[ObservedRouter], counts: Sequence[Tensor], update_rate: float | Tensor
-) -> None:
+def update_biases(routers: Sequence[ObservedRouter], counts: Sequence[Tensor], update_rate: float | Tensor) -> None:
     """Move the bias of every router that has one by :func:`~lightning_dsv3.ops.balance.bias_step`, in place.
 
     Layers with the same number of experts are computed together, so that the cost hardly grows with their
@@ -38,9 +36,7 @@ def update_biases(
             layers_by_width[router.num_experts].append((bias_E, counts_E.to(bias_E.device)))
     for layers in layers_by_width.values():
         biases = [bias_E for bias_E, _ in layers]
-        moved_LE = bias_step(
-            torch.stack(biases), torch.stack([counts_E for _, counts_E in layers]), update_rate
-        )
+        moved_LE = bias_step(torch.stack(biases), torch.stack([counts_E for _, counts_E in layers]), update_rate)
         torch._foreach_copy_(biases, list(moved_LE.unbind()))
 
 

@@ -39,9 +39,7 @@ class ObservedRouter:
         return self.adapter.bias(self.module)
 
 
-def find_routers(
-    root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_ADAPTERS
-) -> list[ObservedRouter]:
+def find_routers(root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_ADAPTERS) -> list[ObservedRouter]:
     """Return every router below ``root`` that an adapter matches, in the order of the model.
 
     Args:
@@ -77,9 +75,7 @@ def no_router_message(root: nn.Module, adapters: Sequence[RouterAdapter]) -> str
         for path, module in modules
         if "router" in type(module).__name__.lower() or "gate" in type(module).__name__.lower()
     ]
-    hint = (
-        f" Looks like a router, but is of an unknown kind: {', '.join(lookalikes[:4])}." if lookalikes else ""
-    )
+    hint = f" Looks like a router, but is of an unknown kind: {', '.join(lookalikes[:4])}." if lookalikes else ""
     if len(lookalikes) > 4:
         hint = f"{hint[:-1]}, and {len(lookalikes) - 4} more."
     return (

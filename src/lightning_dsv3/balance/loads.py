@@ -45,9 +45,7 @@ def expert_loads(
         >>> expert_loads(["layer_1"], {"code": [torch.tensor([3, 1])]}, [2])["tokens"]
         {'code': 2}
     """
-    lists = {
-        domain: [counts_E.tolist() for counts_E in layer_counts] for domain, layer_counts in counts.items()
-    }
+    lists = {domain: [counts_E.tolist() for counts_E in layer_counts] for domain, layer_counts in counts.items()}
     used = [index for index in range(len(layers)) if any(any(lists[domain][index]) for domain in lists)]
     return {
         "format": FORMAT,
@@ -55,8 +53,7 @@ def expert_loads(
         "domains": list(lists),
         "counts": {domain: [lists[domain][index] for index in used] for domain in lists},
         "tokens": {
-            domain: sum(lists[domain][used[0]]) // num_experts_per_tok[used[0]] if used else 0
-            for domain in lists
+            domain: sum(lists[domain][used[0]]) // num_experts_per_tok[used[0]] if used else 0 for domain in lists
         },
     }
 

@@ -189,9 +189,7 @@ class RouterObserver:
         # scatter_add_ takes int64 ids alone, and those of the table's device.
         bins_TK = expert_TK.detach().reshape(-1, num_chosen).to(self._started().device, torch.int64)
         if self._group_B is not None:
-            bins_TK = (
-                bins_TK + self._rows_of_tokens(index, bins_TK.shape[0]) * self.routers[index].num_experts
-            )
+            bins_TK = bins_TK + self._rows_of_tokens(index, bins_TK.shape[0]) * self.routers[index].num_experts
         bins = bins_TK.flatten()
         self._layer_tables[index].scatter_add_(0, bins, torch.ones_like(bins))
 

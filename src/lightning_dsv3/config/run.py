@@ -1,7 +1,7 @@
 """A whole run's configuration: presets < YAML < ``key=value``, merged by OmegaConf in struct mode.
 
     model=tiny train=cpu_demo                select presets (or give a .yaml file) per group
-    study=no_balance                         lay a study's values over the run
+    study=no_aux_free                        lay a study's values over the run
     config=runs/x/config.yaml                lay a whole run's file over the presets
     resume=runs/x                            go on with a run: its file is laid over the presets as well
     model.hidden_size=320 seed=7             change anything; the order of the words does not matter

@@ -136,7 +136,7 @@ def explain_failure(output: str) -> str:
     """
     if broken := re.search(r"connection broken by '(.*?)':", output):
         # The last words are the cause; before them come addresses of objects and hosts.
-        return f"no connection to the package index ({broken[1].rstrip(')').rpartition(': ')[2] or broken[1]})"
+        return f"no connection to the package index ({broken[1].rpartition(': ')[2].rstrip(chr(39) + ')')})"
     errors = [line.partition("ERROR:")[2].strip() for line in output.splitlines() if "ERROR:" in line]
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return (errors or lines or ["pip failed and said nothing"])[-1]

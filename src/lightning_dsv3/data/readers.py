@@ -7,6 +7,7 @@ never imports or runs what it reads.
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -48,6 +49,18 @@ def hash_files(files: Files) -> str:
         total.update(f"{name}\0{len(content)}\0".encode())
         total.update(content)
     return total.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_parsing() -> Iterator[None]:
+    """Hold back what the parser says about other people's strings, as invalid escapes.
+
+    Warnings are the whole process's, so this belongs around the threads that read and not into them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def find_stdlib() -> Files:
@@ -159,10 +172,7 @@ def read_docstrings(files: Files) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(source: bytes) -> Iterator[str]:
-    with warnings.catch_warnings():
-        # Invalid escapes in other people's strings.
-        warnings.simplefilter("ignore")
-        pending: list[ast.AST] = [ast.parse(source)]
+    pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lightning_dsv3.data.corpus import Document, Source, document_key
 from lightning_dsv3.data.files import make_cache_folder, partial_folder, publish_folder
-from lightning_dsv3.data.readers import SourceError
+from lightning_dsv3.data.readers import SourceError, quiet_parsing
 from lightning_dsv3.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 _FORMAT_VERSION = 1
@@ -104,6 +104,7 @@ def tokenize_sources(
     total = sum(source.text_bytes for source in wanted)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
+        quiet_parsing(),
         _single_threaded_tokenizers(),
         tqdm(total=total, desc="Tokenising", unit="B", unit_scale=True, disable=not progress) as bar,
         _Encoder(load_tokenizer(vocab_size), threads, bar) as encoder,

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
 from lightning_dsv3.config import ConfigError, RunConfig
@@ -82,22 +82,21 @@ class RunFolder(Callback):
         self._validated_at = -1
 
     def logger(self) -> CSVLogger:
-        """Return the logger that writes ``metrics.csv`` into the folder."""
+        """Return the logger that writes ``metrics.csv`` into the folder. A resumed run's earlier rows are kept."""
+        metrics, backup = self.path / "metrics.csv", self.path / "metrics.before-resume.csv"
+        if self.checkpoint is not None and rank_zero_only.rank == 0:
+            if metrics.exists() and not backup.exists():
+                metrics.replace(backup)  # the logger deletes a file that it finds, before any hook of ours runs
+            self._earlier_rows = _read_rows(backup)
         return CSVLogger(self.path.parent, name=self.path.name, version="", flush_logs_every_n_steps=10)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder; keep the metrics of a run that is resumed."""
+        """Make the folder."""
         self.path = Path(trainer.strategy.broadcast(str(self.path)))
         if stage != "fit" or not trainer.is_global_zero:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / "config.yaml", self.config.to_yaml())
-        metrics = self.path / "metrics.csv"
-        backup = self.path / "metrics.before-resume.csv"
-        if self.checkpoint is not None and metrics.exists() and not backup.exists():
-            metrics.replace(backup)  # the logger deletes a file that it finds
-        if backup.exists():
-            self._earlier_rows = _read_rows(backup)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tokenizer beside the configuration, so that the folder needs nothing else."""
@@ -166,7 +165,7 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, whatever ended training, and give Ctrl-C back."""
-        trainer.save_checkpoint(self.path / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(self.path / "checkpoints" / "last.ckpt", weights_only=False)  # with optimizer state
         self._restore_signals()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -79,8 +79,8 @@ def test_run_leaves_a_whole_folder_and_a_closing_table(whole_run: tuple[Path, st
     for domain in ("code", "math"):
         values = summary["bits_per_byte"][domain]
         assert 1 < values["model"] < 12
-        assert 1 < values["xz"] < 8
-        assert 1 < values["gzip"] < 8
+        assert values["xz"] > 1  # a few hundred bytes do not compress well
+        assert values["gzip"] > 1
     assert summary["max_violation"]["training_batch_end"] > 0
     loads = json.loads((run / "loads.json").read_text())
     assert loads["format"] == 1

@@ -1,9 +1,9 @@
 """Does the callback balance the experts? The main job with AuxFreeBalanceCallback and without, side by side.
 
     python benchmarks/balance_on_off.py
-    python benchmarks/balance_on_off.py --seeds 0 1 --output benchmarks/results/balance_on_off.json -- train.total_tokens=200000
+    python benchmarks/balance_on_off.py --output benchmarks/results/balance_on_off.json -- train.total_tokens=200000
 
-Both arms have the same seed, data and sequence-wise loss. Words behind ``--`` are passed to examples/train.py. The figure
+Both arms have the same seed, data and sequence-wise loss. Words behind ``--`` are passed to examples/train.py. A figure
 of MaxVio over tokens is written beside the JSON file.
 """
 

@@ -108,8 +108,7 @@ class ExpertLoadMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count from here, by the domain of each row."""
-        if not trainer.sanity_checking:
-            self._observer.open(self._groups(batch))
+        self._observer.open(self._groups(batch))
 
     def on_validation_batch_end(
         self,
@@ -124,7 +123,7 @@ class ExpertLoadMonitor(Callback):
         self._observer.close()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum over ranks, keep the loads and log their violation."""
+        """Sum over ranks, keep the loads and log their violation. A sanity check's counts are dropped."""
         if trainer.sanity_checking:
             return
         group = data_parallel_group(trainer)

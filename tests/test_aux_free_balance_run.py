@@ -29,7 +29,8 @@ class TestBalancing:
         violation = {}
         for rate in (0.0, 0.02):
             module = TinyMoE((8, 8), lr=0)
-            trainer, _ = fit(module, rows=200, rows_per_batch=4, rate=rate)
+            trainer = make_trainer(AuxFreeBalanceCallback(rate))
+            trainer.fit(module, data(640, rows_per_batch=16, offset=1.0))
             violation[rate] = trainer.callback_metrics["moe/max_violation"].item()
         assert violation[0.02] < 0.5 * violation[0.0]
 

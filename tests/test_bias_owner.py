@@ -141,16 +141,16 @@ class TestOptimizerStepWatcher:
         assert watcher.take() is False
 
     def test_one_real_step_of_several_optimizers_is_a_step(self):
-        fused, plain = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-        optimizers = [torch.optim.AdamW([fused], fused=True), torch.optim.SGD([plain], lr=0.1)]
+        optimizers = [torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True) for _ in range(3)]
         watcher = OptimizerStepWatcher()
         watcher.watch(optimizers)
-        optimizers[0].found_inf = torch.tensor([1.0])
-        optimizers[0].step()
-        assert not watcher.take()
-        optimizers[0].step()
-        optimizers[1].step()
-        assert watcher.take()
+        for found_infs in [(1, 1), (1, 0), (0, 1), (1, None)]:
+            for optimizer, found_inf in zip(optimizers, found_infs, strict=False):
+                if found_inf is not None:
+                    optimizer.found_inf = torch.tensor([float(found_inf)])
+                optimizer.step()
+                optimizer.found_inf = None
+            assert bool(watcher.take()) == (found_infs != (1, 1))
 
     def test_stop_takes_the_hooks_off(self):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)

@@ -123,7 +123,7 @@ class TinyMoE(pl.LightningModule):
         num_experts: Sequence[int] = (6, 5),
         *,
         checkpointing: str | None = None,
-        lr: float = 0.1,
+        lr: float = 0.01,
         forwards_per_step: int = 1,
         fused: bool = False,
         model: nn.Module | None = None,
@@ -176,10 +176,12 @@ class ValidatedMoE(TinyMoE):
         self(batch["x"])
 
 
-def data(num_rows: int, *, rows_per_batch: int = 2, tokens: int = 7, seed: int = 1, **columns: Any) -> DataLoader:
-    """Rows [tokens, D] with a common offset, so that the experts' loads are uneven."""
+def data(
+    num_rows: int, *, rows_per_batch: int = 2, tokens: int = 7, seed: int = 1, offset: float = 0.4, **columns: Any
+) -> DataLoader:
+    """Rows [tokens, D] with a common offset, so that the experts' loads are uneven, and not the same at every step."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_rows, tokens, D, generator=generator) + torch.linspace(-1, 1, D)
+    x = torch.randn(num_rows, tokens, D, generator=generator) + torch.linspace(-offset, offset, D)
     rows = [{"x": x[i]} | {name: column[i] for name, column in columns.items()} for i in range(num_rows)]
     return DataLoader(rows, batch_size=rows_per_batch)
 

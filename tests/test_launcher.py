@@ -52,13 +52,15 @@ if mode == "gloo":
 """
 
 TRAINER_SCRIPT = """
+import os
 import lightning, torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_dsv3.cli.launch_environment import launcher_trainer_arguments
 trainer = lightning.Trainer(**launcher_trainer_arguments(), max_steps=2, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(BoringModel())
-print("trained on rank", trainer.global_rank, "of", trainer.world_size, trainer.precision, flush=True)
+os.write(1, f"trained on rank {trainer.global_rank} of {trainer.world_size} {trainer.precision}\\n".encode())
+torch.distributed.destroy_process_group()
 """
 
 

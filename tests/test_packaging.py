@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,8 +52,7 @@ def source_distribution(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sdist_wheel(source_distribution, tmp_path_factory):
     unpacked = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(source_distribution) as archive:
-        archive.extractall(unpacked, filter="data")
+    shutil.unpack_archive(source_distribution, unpacked)
     (source,) = unpacked.iterdir()
     return build("--wheel", source, tmp_path_factory.mktemp("sdist_wheel"))
 

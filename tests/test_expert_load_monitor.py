@@ -141,6 +141,15 @@ class TestLoads:
         trainer.fit(module, Data(val_data(domain=domain_of(6))))
         assert sum(monitor.loads["tokens"].values()) == 6 * 7
 
+    def test_forwards_outside_a_validation_batch_do_not_count(self):
+        class Sampler(pl.Callback):
+            def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+                pl_module(torch.randn(4, 7, 8))
+
+        monitor, module = ExpertLoadMonitor(), MoE()
+        make_trainer(Sampler(), monitor).validate(module, val_data(8), verbose=False)
+        assert monitor.loads["counts"] == {"all": module.by_domain["all"]}
+
     def test_keeps_the_first_and_the_last_validation(self):
         monitor, module = ExpertLoadMonitor(), MoE()
         loads = []

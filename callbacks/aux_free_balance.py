@@ -144,6 +144,7 @@ class AuxFreeBalanceCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting, at 0 or where a checkpoint stopped: the model is on its device and restored."""
         self._group = data_parallel_group(trainer)
+        self._seen_all_routers = False
         self._observer.start(trainer.strategy.root_device)
         self._step_watcher.watch(trainer.optimizers)
         self._global_step = trainer.global_step
@@ -177,8 +178,11 @@ class AuxFreeBalanceCallback(Callback):
         self._global_step = trainer.global_step
         self._window = None
         counts = self._observer.take(self._group)
-        self._tokens_seen += counts[0].sum() // self._observer.num_experts_per_tok[0]
-        self._move_biases(counts)
+        # K is 0 until a forward has been seen, and the counts with it.
+        self._tokens_seen += counts[0].sum() // max(1, self._observer.num_experts_per_tok[0])
+        stepped = self._step_watcher.take()
+        if not self.dry_run and stepped is not False:
+            self._move_biases(counts, stepped)
         self._log_violation(trainer, pl_module, counts)
 
     def on_save_checkpoint(
@@ -225,7 +229,6 @@ class AuxFreeBalanceCallback(Callback):
         if [router.module for router in routers] != [router.module for router in self._routers]:
             self._detach()
             self._observer = RouterObserver(routers)
-            self._seen_all_routers = False
         if not self.dry_run:
             for router in routers:
                 if router.bias is not None:
@@ -248,16 +251,12 @@ class AuxFreeBalanceCallback(Callback):
             )
         self._seen_all_routers = True
 
-    def _move_biases(self, counts: list[Tensor]) -> None:
-        if self.dry_run:
-            return
-        stepped = self._step_watcher.take()
-        if stepped is False:
-            return
+    def _move_biases(self, counts: list[Tensor], stepped: bool | Tensor) -> None:
         rate: float | Tensor = (
             _valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
         )
         if isinstance(stepped, Tensor):
+            # Only the device knows whether a fused optimizer has stepped; a rate of 0 leaves the bias as it is.
             rate = stepped.to(torch.float32) * rate
         update_biases(self._routers, counts, rate)
 

@@ -112,6 +112,16 @@ class TestCounting:
         assert module.trace[3][2] == module.trace[5][2]
         assert callback.tokens_seen == 5 * 2 * 7
 
+    def test_batches_without_a_forward_move_nothing(self):
+        class Starts(TinyMoE):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+                return super().training_step(batch, batch_idx) if batch_idx > 1 else None
+
+        module = Starts()
+        _, callback = fit(module, rows=10)
+        assert_follows_the_rule(module, RATE, num_updates=5)
+        assert callback.tokens_seen == 3 * 2 * 7
+
     def test_hooks_attached_before_compilation_count(self):
         class Compiled(TinyMoE):
             def configure_model(self) -> None:

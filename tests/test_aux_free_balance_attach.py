@@ -100,6 +100,13 @@ class TestAttaching:
             make_trainer(callback).fit(module, data(8))
             assert_follows_the_rule(module, RATE, num_updates=4)
 
+    def test_every_fit_looks_for_routers_that_are_not_counted(self):
+        callback, module = AuxFreeBalanceCallback(RATE), TinyMoE()
+        make_trainer(callback).fit(module, data(4))
+        module.model.mtp.eval()
+        with pytest.raises(MisconfigurationException, match="mtp_1"):
+            make_trainer(callback).fit(module, data(4))
+
     def test_validation_alone_needs_no_router(self):
         module = BoringModel()
         make_trainer(AuxFreeBalanceCallback()).validate(module, verbose=False)

@@ -63,6 +63,19 @@ class TestBalancing:
         assert callback.tokens_seen == 56
         assert trainer.callback_metrics["moe/max_violation"] > 0
 
+    def test_dry_run_measures_whole_accumulation_windows(self):
+        class Watch(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                logged[-1].append(trainer.callback_metrics.get("moe/max_violation"))
+
+        logged: list[list[Tensor]] = []
+        for arguments in ({"dry_run": True}, {"update_rate": 0.0}):
+            logged.append([])
+            trainer = make_trainer(AuxFreeBalanceCallback(**arguments), Watch(), accumulate_grad_batches=3)
+            trainer.fit(TinyMoE(), data(18))
+        assert logged[0] == logged[1]
+        assert len({value.item() for value in logged[0] if value is not None}) == 3
+
     def test_dry_run_needs_no_bias(self):
         module = TinyMoE(topk_method="greedy")
         trainer = make_trainer(AuxFreeBalanceCallback(dry_run=True))

@@ -97,13 +97,15 @@ class RouterObserver:
         self._is_open = False
 
     def start(self, device: torch.device | str) -> None:
-        """Make room for the counts on ``device`` and set them to 0."""
+        """Make room for the counts on ``device``, set them to 0, and forget which routers have been seen."""
         sizes = [self._rows * router.num_experts for router in self.routers]
         # A tensor made under inference_mode, where validation hooks run, could not be written to outside of
         # it.
         with torch.inference_mode(False):
             self._table = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
             self._layer_tables = list(self._table.split(sizes))
+        self.num_experts_per_tok = [0] * len(self.routers)
+        self._only_in_eval = [False] * len(self.routers)
 
     def open(self, group_B: Tensor | None = None) -> None:
         """Count the forwards from now on.

@@ -52,6 +52,13 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"train\.batch_size=8.*1 processes x 3 .*train\.batch_size=9"):
             trainer.fit(BoringModel(), data)
 
+    def test_batches_to_overfit_on(self, tmp_path):
+        texts = [f"document {number}" for number in range(9)]
+        data = DeepSeekV3DataModule({"cache_dir": str(tmp_path)}, sequence_length=8, documents={"a": texts})
+        trainer = L.Trainer(overfit_batches=2, accelerator="cpu", devices=1, logger=False, num_sanity_val_steps=0)
+        with pytest.raises(ConfigError, match=r"trainer\.overfit_batches=2.*documents="):
+            trainer.fit(BoringModel(), data)
+
     def test_a_cache_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         data = DeepSeekV3DataModule({"cache_dir": str(tmp_path / "file")}, documents={"a": ["x", "y"]})

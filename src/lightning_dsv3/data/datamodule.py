@@ -174,6 +174,11 @@ class DeepSeekV3DataModule(LightningDataModule):
         rows = self._rows_per_batch(world_size)
         stream = TrainingStream(windows, mixture, rows=rows, rank=rank, world_size=world_size)
         before, trainer = self._training_loader, self._fitting_trainer()
+        if trainer is not None and trainer.overfit_batches:
+            raise ConfigError(
+                f"trainer.overfit_batches={trainer.overfit_batches}: the training stream has no end and no batch that "
+                "comes again; give a few documents={domain: texts} instead"
+            )
         if before is not None and before.progress is not None and before.progress.trainer is trainer:
             # The same run asks again (reload_dataloaders_every_n_epochs, or another fit of the same Trainer).
             stream.start = before.position
@@ -232,7 +237,7 @@ class DeepSeekV3DataModule(LightningDataModule):
                 counts = {"text_bytes": int(documents["bytes"].sum()), "tokens": int(documents["tokens"].sum())}
                 counts["documents"] = len(documents)
             reports.append(SourceReport(source.name, source.domain, source.licence, missing=reason, **counts))
-        return reports, by_domain
+        return sorted(reports, key=lambda report: list(self.weights).index(report.domain)), by_domain
 
     def _check_tables(self, tables: Mapping[str, Mapping[str, DocumentTable]]) -> None:
         for domain, splits in tables.items():

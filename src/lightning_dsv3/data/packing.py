@@ -17,8 +17,9 @@ tokens, and :meth:`HeldOutWindows.text` can give other compressors exactly the s
 computed twice. Attention does reach over a document's border.
 
 Held-out text is one pass in a fixed order; what its last window has too much is EOS with label -100. Training text is
-endless: epoch after epoch, each in its own order, with no break between them, so no token is lost there either. Window
-n of the training stream is found without reading windows 0 .. n - 1.
+endless: epoch after epoch, each with its documents in its own order and with no break between them, so no token is lost
+there either. Windows are shuffled once more, as many at a time as an epoch has: in stream order a long document would
+fill its domain's share of many steps. Window n is found without reading windows 0 .. n - 1.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_dsv3.data.sampling import derive_key, scramble
+from lightning_dsv3.data.sampling import derive_key, permuted, scramble
 from lightning_dsv3.data.token_cache import TokenizedSource
 from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID
 
@@ -157,10 +158,14 @@ class TrainingWindows:
         self._seed, self._domain = seed, domain
         self._epochs: dict[int, TokenStream] = {}
         self.epoch_length = documents.num_tokens + len(documents)
+        self.windows_per_shuffle = max(1, self.epoch_length // (sequence_length - 1))
 
     def __getitem__(self, index: int) -> Int64Array:
         """Return window ``index``: int64 [S]."""
-        start = index * (self._sequence_length - 1)
+        shuffle, place = divmod(index, self.windows_per_shuffle)
+        key = derive_key("windows", self._seed, self._domain, shuffle)
+        window = shuffle * self.windows_per_shuffle + permuted(place, self.windows_per_shuffle, key)
+        start = window * (self._sequence_length - 1)
         stop = start + self._sequence_length
         parts = []
         while start < stop:
@@ -172,8 +177,8 @@ class TrainingWindows:
 
     def _epoch(self, epoch: int) -> TokenStream:
         if epoch not in self._epochs:
-            # A window may reach into the next epoch, so two are kept.
-            self._epochs = {kept: stream for kept, stream in self._epochs.items() if kept == epoch - 1}
+            # The windows that are shuffled together, and a window by itself, reach over two epochs at the most.
+            self._epochs = {kept: stream for kept, stream in self._epochs.items() if abs(kept - epoch) == 1}
             key = derive_key("order", self._seed, self._domain, epoch)
             order = np.argsort(scramble(self._documents.key, key), kind="stable")
             self._epochs[epoch] = TokenStream(self._documents, order)

@@ -31,6 +31,26 @@ def scramble(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.u
     return x ^ (x >> np.uint64(31))
 
 
+def permuted(index: int, size: int, key: np.uint64) -> int:
+    """Return where a random-looking permutation of 0 .. size - 1 takes ``index``, without making the permutation.
+
+    A Feistel network permutes the next power of 4; what falls outside ``size`` is sent through again.
+
+    >>> sorted(permuted(i, 10, derive_key("example")) for i in range(10))
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & mask
+        for turn in range(4):
+            value = np.array([(turn << 62) | right], dtype=np.uint64)
+            left, right = right, left ^ (int(scramble(value, key)[0]) & mask)
+        index = (left << half_bits) | right
+        if index < size:
+            return index
+
+
 class Mixture:
     """Draws a domain for every sample of the training stream, independently and with fixed weights.
 

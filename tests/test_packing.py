@@ -14,7 +14,7 @@ from lightning_dsv3.data.packing import (
     TokenStream,
     TrainingWindows,
 )
-from lightning_dsv3.data.sampling import Mixture, derive_key, scramble
+from lightning_dsv3.data.sampling import Mixture, derive_key, permuted, scramble
 from lightning_dsv3.data.token_cache import TokenizedSource
 
 EOS = 1
@@ -134,7 +134,8 @@ class TestTrainingWindows:
         windows = TrainingWindows(table(documents), length, seed, "english")
         epoch = len(with_separators(documents))
         needed = -(-3 * epoch // (length - 1)) + 1
-        stream = [int(windows[0][0]), *(int(token) for i in range(needed) for token in windows[i][1:])]
+        cuts = [windows.in_stream(i) for i in range(needed)]
+        stream = [int(cuts[0][0]), *(int(token) for cut in cuts for token in cut[1:])]
         for start in (0, epoch, 2 * epoch):
             part = stream[start : start + epoch]
             assert part[0] == EOS
@@ -152,7 +153,21 @@ class TestTrainingWindows:
     def test_windows_overlap_by_one_token_across_epochs_too(self):
         windows = TrainingWindows(table([[5, 6, 7], [8, 9]]), 4, 0, "english")
         for i in range(20):
-            assert windows[i][-1] == windows[i + 1][0]
+            assert windows.in_stream(i)[-1] == windows.in_stream(i + 1)[0]
+
+    @given(documents=documents_of_a_domain, length=st.integers(2, 9), shuffle=st.integers(0, 2))
+    def test_every_window_comes_once_in_a_shuffle(self, documents, length, shuffle):
+        windows = TrainingWindows(table(documents), length, 0, "english")
+        size = windows.windows_per_shuffle
+        block = range(shuffle * size, (shuffle + 1) * size)
+        in_stream = sorted(windows.in_stream(i).tolist() for i in block)
+        assert sorted(windows[i].tolist() for i in block) == in_stream
+
+    def test_a_long_document_does_not_fill_neighbouring_windows(self):
+        windows = TrainingWindows(table([list(range(10, 260)), list(range(300, 550))]), 11, 0, "english")
+        assert windows.windows_per_shuffle == 50
+        first = [bool((windows[i] >= 300).any()) for i in range(25)]
+        assert 5 < sum(first) < 20
 
     def test_a_window_may_span_several_epochs(self):
         windows = TrainingWindows(table([[5]]), 7, 0, "english")
@@ -225,3 +240,13 @@ class TestMixture:
 @pytest.mark.parametrize("key", [np.uint64(0), derive_key("any")])
 def test_scrambling_is_one_to_one(key):
     assert len(np.unique(scramble(np.arange(100_000, dtype=np.uint64), key))) == 100_000
+
+
+@given(size=st.integers(1, 300), key=st.integers(0, 2**64 - 1))
+def test_permuted_is_a_permutation(size, key):
+    assert sorted(permuted(i, size, np.uint64(key)) for i in range(size)) == list(range(size))
+
+
+def test_permutations_stay_the_same_for_ever():
+    # A change here breaks the resume of every run that was started before it.
+    assert [permuted(i, 1000, derive_key("windows", 0, "english", 0)) for i in range(4)] == [384, 640, 530, 207]

@@ -68,7 +68,7 @@ def plot_max_violation(history: History, path: Path) -> None:
         path: PNG to write.
     """
     figure, axes = _figure()
-    keys = {key for row in history for key in row if key.startswith("moe/") and key.endswith("/max_violation")}
+    keys = {key for row in history for key in row if key.startswith("moe/") and key.count("/") == 2}
     for key in sorted(keys):
         tokens, values = _series(history, key)
         axes.plot(tokens, values, linewidth=0.8, alpha=0.7, label=key.split("/")[1])

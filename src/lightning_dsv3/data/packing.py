@@ -164,7 +164,10 @@ class TrainingWindows:
         """Return window ``index``: int64 [S]."""
         shuffle, place = divmod(index, self.windows_per_shuffle)
         key = derive_key("windows", self._seed, self._domain, shuffle)
-        window = shuffle * self.windows_per_shuffle + permuted(place, self.windows_per_shuffle, key)
+        return self.in_stream(shuffle * self.windows_per_shuffle + permuted(place, self.windows_per_shuffle, key))
+
+    def in_stream(self, window: int) -> Int64Array:
+        """Return the window that begins ``window * (S - 1)`` tokens into the stream: int64 [S]."""
         start = window * (self._sequence_length - 1)
         stop = start + self._sequence_length
         parts = []

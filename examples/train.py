@@ -13,6 +13,7 @@ import sys
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed
 
 from lightning_dsv3 import DeepSeekV3DataModule, DeepSeekV3Module
 from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder, StepProgressBar
@@ -74,6 +75,8 @@ def main() -> None:
     if not run.validated(trainer):
         trainer.validate(module, data, verbose=False, **run.safe_loading)
     run.finish(trainer, module, monitor)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # Lightning leaves gloo's open, which can abort the process at its exit
     if run.stopped_by is not None:
         sys.exit(128 + run.stopped_by)
 

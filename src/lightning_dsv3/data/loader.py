@@ -1,7 +1,8 @@
 """The loaders: an endless training stream that knows where it is, and held-out windows shared out over ranks.
 
-Sample n of the training stream is a pure function of (seed, n): the mixture draws its domain, and it takes that
-domain's next window. Optimizer step k reads samples k*B .. (k+1)*B - 1, whoever reads them:
+Sample n of the training stream is a pure function of (seed, n): the mixture draws its domain (or, where sources have
+weights of their own, its source), and it takes that text's next window. Optimizer step k reads samples
+k*B .. (k+1)*B - 1, whoever reads them:
 
     sample        0   1   2   3   4   5   6   7        B = 8
     1 process     |-------- micro-batch 0 -----|
@@ -40,7 +41,7 @@ class Position:
 
     Attributes:
         samples: Sequences, over all ranks.
-        windows: Of these, how many each domain has given.
+        windows: Of these, how many each domain (or source with a weight of its own) has given.
     """
 
     samples: int
@@ -59,22 +60,31 @@ class TrainingStream(IterableDataset[Batch]):
     the loader takes them in turn, so their number changes nothing.
 
     Args:
-        domains: Training windows of each domain.
-        mixture: Draws the domain of each sample.
+        parts: Training windows of each text that has a weight: a domain, or one of its sources.
+        mixture: Draws the part of each sample.
+        domain_of: The domain that each part belongs to; None if every part is a domain.
         rows: Sequences per micro-batch and rank.
         rank: This process.
         world_size: All processes.
     """
 
     def __init__(
-        self, domains: Sequence[TrainingWindows], mixture: Mixture, *, rows: int, rank: int = 0, world_size: int = 1
+        self,
+        parts: Sequence[TrainingWindows],
+        mixture: Mixture,
+        *,
+        domain_of: Sequence[int] | None = None,
+        rows: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self._domains = list(domains)
+        self._parts = list(parts)
+        self._domain_of = np.arange(len(self._parts)) if domain_of is None else np.asarray(domain_of, dtype=np.int64)
         self.mixture = mixture
         self.rows = rows
         self.rank = rank
         self.world_size = world_size
-        self.start = Position(0, (0,) * len(self._domains))
+        self.start = Position(0, (0,) * len(self._parts))
 
     @property
     def samples_per_batch(self) -> int:
@@ -92,16 +102,17 @@ class TrainingStream(IterableDataset[Batch]):
     def batch(self, position: Position) -> Batch:
         """Return this rank's share of the micro-batch that begins at ``position``."""
         skipped = self.rank * self.rows
-        domains = self.mixture.domains(position.samples, position.samples + skipped + self.rows)
-        mine = domains[skipped:]
-        taken = np.asarray(position.windows) + np.bincount(domains[:skipped], minlength=len(self._domains))
+        parts = self.mixture.domains(position.samples, position.samples + skipped + self.rows)
+        mine = parts[skipped:]
+        taken = np.asarray(position.windows) + np.bincount(parts[:skipped], minlength=len(self._parts))
         rows = []
-        for domain in mine:
-            rows.append(self._domains[domain][int(taken[domain])])
-            taken[domain] += 1
+        for part in mine:
+            rows.append(self._parts[part][int(taken[part])])
+            taken[part] += 1
         input_ids = torch.from_numpy(np.stack(rows))
+        domain = torch.from_numpy(self._domain_of[mine])
         # Training windows have no padding: every position is a label.
-        return {"input_ids": input_ids, "labels": input_ids.clone(), "domain": torch.from_numpy(mine)}
+        return {"input_ids": input_ids, "labels": input_ids.clone(), "domain": domain}
 
 
 class FitProgress:
@@ -158,7 +169,7 @@ class ResumableLoader(DataLoader[Batch]):
     Args:
         dataset: The stream.
         identity: What the order of samples depends on, in plain values; a state of another order is told about.
-        domains: Names of the domains.
+        parts: Lasting names of the stream's parts.
         progress: The training loop that uses the batches. None counts what is handed out, which is right for a plain
             loop over the loader.
         num_workers: Processes that make batches; 0 for none.
@@ -170,14 +181,14 @@ class ResumableLoader(DataLoader[Batch]):
         dataset: TrainingStream,
         *,
         identity: Mapping[str, Any],
-        domains: Sequence[str],
+        parts: Sequence[str],
         progress: FitProgress | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         super().__init__(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
         self.identity = dict(identity)
-        self.domains = list(domains)
+        self.parts = list(parts)
         self.progress = progress
         self._stream = dataset
         self._handed_out = 0
@@ -214,7 +225,7 @@ class ResumableLoader(DataLoader[Batch]):
         position = self.position
         return {
             "samples": position.samples,
-            "windows": dict(zip(self.domains, position.windows, strict=True)),
+            "windows": dict(zip(self.parts, position.windows, strict=True)),
             "identity": self.identity,
             "accumulate_grad_batches": 1 if self.progress is None else self.progress.accumulate_grad_batches,
         }
@@ -232,7 +243,7 @@ class ResumableLoader(DataLoader[Batch]):
             )
         if self.progress is not None:
             self.progress.convert(state["accumulate_grad_batches"])
-        self.position = Position(state["samples"], tuple(state["windows"].get(name, 0) for name in self.domains))
+        self.position = Position(state["samples"], tuple(state["windows"].get(name, 0) for name in self.parts))
 
 
 class HeldOutBatches(Dataset[Batch]):

@@ -182,7 +182,8 @@ class RunFolder(Callback):
         """
         if not trainer.is_global_zero:
             return
-        monitor.save(self.path / "loads.json")
+        if monitor.loads is not None:  # None where the user turned validation off
+            monitor.save(self.path / "loads.json")
         history = [_numbers(row) for row in _read_rows(self.path / "metrics.csv")]
         compressors = {d: _compressed(trainer.datamodule.heldout_bytes(d)) for d in trainer.datamodule.domains}  # type: ignore[attr-defined]
         summary = self._summary(trainer, module, history, compressors)
@@ -195,7 +196,8 @@ class RunFolder(Callback):
             plot_loss(history, figures / "loss.png")
             plot_bits_per_byte(history, compressors, figures / "bits_per_byte.png")
             plot_max_violation(history, figures / "max_violation.png")
-            plot_expert_load(json.loads((self.path / "loads.json").read_text()), figures / "expert_load.png")
+            if monitor.loads is not None:
+                plot_expert_load(monitor.loads, figures / "expert_load.png")
         print(closing_table(summary, self.path), flush=True)
 
     def _summary(

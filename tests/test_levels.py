@@ -75,7 +75,10 @@ def test_the_configuration_imports_no_torch(path):
     assert not heavy & {name.partition(".")[0] for name in imported_names(path)}
 
 
-@pytest.mark.parametrize("module", ["lightning_dsv3.config", "lightning_dsv3.cli.launcher", "lightning_dsv3.configs"])
+@pytest.mark.parametrize(
+    "module",
+    ["lightning_dsv3.config", "lightning_dsv3.cli.launcher", "lightning_dsv3.cli.dsv3", "lightning_dsv3.configs"],
+)
 def test_light_modules_do_not_load_torch(module):
     program = f"import sys, {module}; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

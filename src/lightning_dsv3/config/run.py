@@ -184,6 +184,7 @@ class DataConfig:
     Attributes:
         weights: Share of each domain in the training sequences; normalised over the domains that are there.
         sources: The user's own text instead of the default corpus; each source has its own weight.
+        fim_rate: Share of the training documents that are read prefix, suffix, middle (the report's is 0.1).
         cache_dir: Folder for downloads and tokenised text; None for the user's cache folder.
         offline: Fetch nothing; use what this machine has.
         num_workers: Processes per loader; 0 loads in the training process.
@@ -194,6 +195,7 @@ class DataConfig:
         default_factory=lambda: {"english": 0.25, "chinese": 0.25, "code": 0.25, "math": 0.25}
     )
     sources: list[SourceConfig] = field(default_factory=list)
+    fim_rate: float = 0.0
     cache_dir: str | None = None
     offline: bool = False
     num_workers: int = 0
@@ -202,6 +204,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.sources and not any(source.weight for source in self.sources):
             raise ConfigError("data.sources: every weight is 0; at least one source needs a positive weight")
+        if not 0 <= self.fim_rate <= 1:
+            raise ConfigError(f"data.fim_rate={self.fim_rate}: is a share of the documents, from 0 to 1")
         if any(not math.isfinite(w) or w < 0 for w in self.weights.values()) or not sum(self.weights.values()) > 0:
             raise ConfigError(
                 f"data.weights={dict(self.weights)}: weights must not be negative and one must be positive"

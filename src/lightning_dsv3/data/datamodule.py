@@ -29,6 +29,7 @@ from lightning_dsv3.data.corpus import (
     split_documents,
 )
 from lightning_dsv3.data.files import cache_folder, make_cache_folder
+from lightning_dsv3.data.fim import FillInTheMiddle
 from lightning_dsv3.data.loader import (
     Batch,
     FitProgress,
@@ -152,6 +153,8 @@ class DeepSeekV3DataModule(LightningDataModule):
             raise ConfigError("data.sources: there are documents={...} as well; give one of the two")
         self._given = None if documents is None else _given(documents)
         self.weights = _weights(self.config, None if self._given is None else [s.domain for s in self._given])
+        rate = self.config.fim_rate
+        self._fim = FillInTheMiddle.with_tokenizer(rate, vocab_size) if rate else None
         self._prepared: _Prepared | None = None
         self._tables: dict[str, dict[str, DocumentTable]] = {}
         self._parts: list[_Part] = []
@@ -197,7 +200,10 @@ class DeepSeekV3DataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return this rank's endless micro-batches; the loader can be saved and restored at any step."""
         rank, world_size = self._rank_and_world_size()
-        windows = [TrainingWindows(part.documents, self.sequence_length, self.seed, part.name) for part in self._parts]
+        windows = [
+            TrainingWindows(part.documents, self.sequence_length, self.seed, part.name, self._fim)
+            for part in self._parts
+        ]
         mixture = Mixture([part.weight for part in self._parts], self.seed)
         domain_of = [part.domain for part in self._parts]
         rows = self._rows_per_batch(world_size)
@@ -315,6 +321,7 @@ class DeepSeekV3DataModule(LightningDataModule):
             "vocab_size": self.vocab_size,
             "weights": {part.name: part.weight for part in self._parts},
             "documents": content.hexdigest(),
+            "fim_rate": self.config.fim_rate,
         }
 
     def _check_ranks_agree(self) -> None:

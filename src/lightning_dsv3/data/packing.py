@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_dsv3.data.fim import Cuts, FillInTheMiddle
 from lightning_dsv3.data.sampling import derive_key, permuted, scramble
 from lightning_dsv3.data.token_cache import TokenizedSource
 from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID
@@ -81,13 +82,28 @@ class DocumentTable:
 
 
 class TokenStream:
-    """Documents in an order, an end-of-sentence before each, as one long array that is never made."""
+    """Documents in an order, an end-of-sentence before each, as one long array that is never made.
 
-    def __init__(self, documents: DocumentTable, order: Int64Array) -> None:
+    Args:
+        documents: The documents.
+        order: int64 [documents], which comes when.
+        fim: Marks of the documents that are rearranged; None rearranges none.
+        cuts: Which these are, and where they are cut.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentTable,
+        order: Int64Array,
+        fim: FillInTheMiddle | None = None,
+        cuts: Cuts | None = None,
+    ) -> None:
         self._documents = documents
         self._order = order
+        self._fim, self._cuts = fim, cuts
+        length = documents.length if cuts is None else documents.length + 3 * (cuts.first >= 0)
         # Where each document's end-of-sentence stands; behind the last document is the stream's end.
-        self._begin = np.concatenate([[0], np.cumsum(documents.length[order] + 1)])
+        self._begin = np.concatenate([[0], np.cumsum(length[order] + 1)])
 
     def __len__(self) -> int:
         return int(self._begin[-1])
@@ -101,10 +117,28 @@ class TokenStream:
             first, last = max(text_begin, start), min(text_end, stop)
             if first < last:
                 document = int(self._order[place])
-                text = self._documents.tokens(document, first - text_begin, last - text_begin)
-                tokens[first - start : last - start] = text
+                self._fill(tokens[first - start : last - start], document, first - text_begin)
             place += 1
         return tokens
+
+    def _fill(self, target: Int64Array, document: int, start: int) -> None:
+        """Write a document's tokens into ``target``, beginning with number ``start``."""
+        if self._fim is None or self._cuts is None or self._cuts.first[document] < 0:
+            target[:] = self._documents.tokens(document, start, start + len(target))
+            return
+        length, first = int(self._documents.length[document]), int(self._cuts.first[document])
+        # ``place`` runs over the rearranged document, relative to the first token that is wanted.
+        place = -start
+        for mark, begin, end in self._fim.pieces(length, first, int(self._cuts.second[document])):
+            if 0 <= place < len(target):
+                target[place] = mark
+            place += 1
+            skipped, wanted = max(0, -place), min(end - begin, len(target) - place)
+            if skipped < wanted:
+                target[place + skipped : place + wanted] = self._documents.tokens(
+                    document, begin + skipped, begin + wanted
+                )
+            place += end - begin
 
 
 class HeldOutWindows:
@@ -150,14 +184,24 @@ class TrainingWindows:
         sequence_length: Tokens per window S.
         seed: Seeds the order of the documents in every epoch.
         domain: The domain's name; two domains shuffle independently.
+        fim: Rearranges some documents of every epoch; None leaves all as they are.
     """
 
-    def __init__(self, documents: DocumentTable, sequence_length: int, seed: int, domain: str) -> None:
+    def __init__(
+        self,
+        documents: DocumentTable,
+        sequence_length: int,
+        seed: int,
+        domain: str,
+        fim: FillInTheMiddle | None = None,
+    ) -> None:
         self._documents = documents
         self._sequence_length = sequence_length
         self._seed, self._domain = seed, domain
+        self._fim = fim
         self._epochs: dict[int, TokenStream] = {}
-        self.epoch_length = documents.num_tokens + len(documents)
+        marks = 0 if fim is None else 3 * fim.num_rearranged(len(documents))
+        self.epoch_length = documents.num_tokens + len(documents) + marks
         self.windows_per_shuffle = max(1, self.epoch_length // (sequence_length - 1))
 
     def __getitem__(self, index: int) -> Int64Array:
@@ -183,6 +227,9 @@ class TrainingWindows:
             # The windows that are shuffled together, and a window by itself, reach over two epochs at the most.
             self._epochs = {kept: stream for kept, stream in self._epochs.items() if abs(kept - epoch) == 1}
             key = derive_key("order", self._seed, self._domain, epoch)
-            order = np.argsort(scramble(self._documents.key, key), kind="stable")
-            self._epochs[epoch] = TokenStream(self._documents, order)
+            keys, cuts = self._documents.key, None
+            order = np.argsort(scramble(keys, key), kind="stable")
+            if self._fim is not None:
+                cuts = self._fim.cuts(keys, self._documents.length, self._seed, self._domain, epoch)
+            self._epochs[epoch] = TokenStream(self._documents, order, self._fim, cuts)
         return self._epochs[epoch]

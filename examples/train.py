@@ -19,6 +19,7 @@ from lightning_dsv3 import DeepSeekV3DataModule, DeepSeekV3Module
 from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder, StepProgressBar
 from lightning_dsv3.cli.trainer_arguments import trainer_arguments
 from lightning_dsv3.config import ConfigError, load_run_config
+from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
 
 def main() -> None:
@@ -64,6 +65,8 @@ def main() -> None:
         learning_rate=train.scheduled("learning_rate"),
         optimizer=train.optimizer,
     )
+    checkpoint_blocks(module.model, train.activation_checkpointing)
+    compile_model(module.model, train.compile)
     data = DeepSeekV3DataModule(
         config.data,
         vocab_size=config.model.vocab_size,

@@ -105,6 +105,8 @@ def test_all_problems_are_named_at_once() -> None:
         ("train.batch_size=0", ["train.batch_size=0"]),
         ("train.schedule.learning_rate=[{until: 5, value: 1}, {until: 4, value: 1}]", ["learning_rate", "rise"]),
         ("train.schedule.learning_rate=[{until: 5, value: 1, shape: bent}]", ["bent", "cosine"]),
+        ("train.compile=block", ["train.compile='block'", "blocks"]),
+        ("train.activation_checkpointing=all", ["activation_checkpointing='all'", "keep_routing"]),
         ("balance=[aux_fre]", ["aux_fre", "did you mean 'aux_free'"]),
         ("balance_args.sequence.alpha=-1", ["alpha=-1"]),
         ("data.weights={english: -1}", ["data.weights"]),

@@ -83,7 +83,7 @@ def test_the_drawn_curves_reach_both_sides_of_a_jump(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["confg"], "did you mean 'config'"),
+        (["confih"], "did you mean 'config'"),
         (["config", "model.hidden_sze=3"], "did you mean 'hidden_size'"),
         (["config", "model.hidden_size=0", "model.n_group=0"], "model.hidden_size=0"),
         (["config", "seed"], "key=value"),

@@ -15,6 +15,7 @@ from lightning_dsv3.callbacks import AuxFreeBalanceCallback
 from lightning_dsv3.config import ConfigError, DeepSeekV3Config, Schedule
 from lightning_dsv3.layers.router import Router
 from lightning_dsv3.module import DeepSeekV3Module
+from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
 LENGTH = 12
 SMALL = {
@@ -128,6 +129,28 @@ def test_micro_batches_equal_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=1e-4, msg=name)
         if name.endswith("bias"):
             assert torch.equal(one[name], four[name]), name
+
+
+@pytest.mark.parametrize("policy", ["block", "keep_routing"])
+def test_activation_checkpointing_moves_nothing(policy: str, tmp_path: Path) -> None:
+    plain, recomputed = module(), module()
+    checkpoint_blocks(recomputed.model, policy)
+    trainer(tmp_path).fit(plain, loader())
+    trainer(tmp_path).fit(recomputed, loader())
+    assert_equal_states(state_of(plain), state_of(recomputed))
+
+
+def test_compiled_blocks_have_the_biases_of_plain_ones(tmp_path: Path) -> None:
+    plain, compiled = module(), module()
+    compile_model(compiled.model, "blocks", backend="eager")
+    trainer(tmp_path, max_steps=3).fit(plain, loader())
+    trainer(tmp_path, max_steps=3).fit(compiled, loader())
+    one, other = state_of(plain), state_of(compiled)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
+        if name.endswith("bias"):
+            assert torch.equal(one[name], other[name]), name
+            assert one[name].abs().max() > 0
 
 
 def test_decay_and_clipping_are_the_reports(tmp_path: Path) -> None:

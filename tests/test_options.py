@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dsv3 import DeepSeekV3, DeepSeekV3Config
 from lightning_dsv3.balance import RouterObserver, find_routers
-from lightning_dsv3.parallel import checkpoint_blocks, compile_blocks, compile_model
+from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
 POLICIES = ["block", "keep_routing"]
 
@@ -153,30 +152,30 @@ class TestCompile:
         yield
         torch.compiler.reset()
 
-    @pytest.mark.parametrize("compiled", [compile_blocks, compile_model])
-    def test_outputs_gradients_and_counts_are_those_of_the_plain_model(self, compiled: Callable[..., nn.Module]):
+    @pytest.mark.parametrize("part", ["blocks", "model"])
+    def test_outputs_gradients_and_counts_are_those_of_the_plain_model(self, part: str):
         plain = make_model()
         # aot_eager runs the same kernels on decomposed graphs: only orders of summation differ.
-        assert_same_step(compiled(copy.deepcopy(plain), backend="aot_eager"), plain, tolerance=1e-5)
+        assert_same_step(compile_model(copy.deepcopy(plain), part, backend="aot_eager"), plain, tolerance=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_a_block_has_no_graph_break(self, dtype):
-        model = compile_blocks(make_model(), backend="aot_eager", fullgraph=True).to(dtype)
+        model = compile_model(make_model(), "blocks", backend="aot_eager", fullgraph=True).to(dtype)
         ids = torch.randint(0, 97, (2, 13))
         model(ids, labels=ids).loss.backward()  # fullgraph raises at a break
 
     def test_names_and_state_dict_stay(self):
         plain = make_model()
-        model = compile_model(compile_blocks(copy.deepcopy(plain), backend="eager"), backend="eager")
+        model = compile_model(compile_model(copy.deepcopy(plain), "blocks", backend="eager"), backend="eager")
         assert list(model.state_dict()) == list(plain.state_dict())
         assert [router.name for router in find_routers(model)] == ["layer_1", "layer_2", "mtp_1"]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("compiled", [compile_blocks, compile_model])
-    def test_inductor_gives_the_plain_model(self, compiled):
+    @pytest.mark.parametrize("part", ["blocks", "model"])
+    def test_inductor_gives_the_plain_model(self, part: str):
         plain = make_model()
-        assert_same_step(compiled(copy.deepcopy(plain)), plain, tolerance=1e-4)
+        assert_same_step(compile_model(copy.deepcopy(plain), part), plain, tolerance=1e-4)
 
     def test_a_model_without_blocks_is_refused(self):
         with pytest.raises(ValueError, match=r"Linear holds no TransformerBlock"):
-            compile_blocks(nn.Linear(2, 2))
+            compile_model(nn.Linear(2, 2), "blocks")

@@ -29,6 +29,8 @@ from lightning_dsv3.config.schedule import Mark, Schedule
 
 BALANCE_METHODS = ("aux_free", "sequence", "batch")
 SELECTIONS = ("unbiased", "executed")
+CHECKPOINTING = ("none", "block", "keep_routing")
+COMPILE = ("none", "blocks", "model")
 SOURCE_KINDS = ("jsonl", "parquet", "text", "hf")
 
 
@@ -95,6 +97,9 @@ class TrainConfig:
         batch_size: Sequences per optimizer step, over all ranks and micro-batches.
         gradient_clip_norm: Clip the gradient's global norm to this.
         validate_every_steps: Optimizer steps between validations (and checkpoints).
+        activation_checkpointing: ``none``, ``block`` (blocks run again in the backward) or ``keep_routing`` (the same,
+            but their chosen experts are kept).
+        compile: ``none``, ``blocks`` or ``model``: what ``torch.compile`` compiles.
         optimizer: AdamW's constants.
         schedule: Learning rate, MTP weight and bias update rate over tokens.
     """
@@ -104,6 +109,8 @@ class TrainConfig:
     batch_size: int = 8
     gradient_clip_norm: float = 1.0
     validate_every_steps: int = 100
+    activation_checkpointing: str = "none"
+    compile: str = "none"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -111,6 +118,16 @@ class TrainConfig:
         for key in ("total_tokens", "sequence_length", "batch_size", "validate_every_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"train.{key}={getattr(self, key)}: must be 1 or more")
+        for key, choices in (("activation_checkpointing", CHECKPOINTING), ("compile", COMPILE)):
+            value = getattr(self, key)
+            if value not in choices:
+                raise ConfigError(f"train.{key}={value!r} is not one of {', '.join(choices)}")
+        if "none" not in (self.activation_checkpointing, self.compile):
+            raise ConfigError(
+                f"train.compile={self.compile!r} with train.activation_checkpointing="
+                f"{self.activation_checkpointing!r}: torch refuses to trace the counting of experts through a "
+                "checkpoint; set one of the two to none"
+            )
         if self.gradient_clip_norm <= 0:
             raise ConfigError(f"train.gradient_clip_norm={self.gradient_clip_norm}: must be positive")
 

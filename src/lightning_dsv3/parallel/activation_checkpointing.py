@@ -2,7 +2,7 @@
 
     block           the whole block runs again
     keep_routing    the same, but the chosen experts and their dispatch order are kept, so that no top-k and no sort is
-                    repeated: about 20 bytes per token and chosen expert
+                    repeated; a few integers per token and chosen expert
 
 A choice that is repeated can differ from the first one where kernels are not deterministic, and the backward then
 belongs to another forward; `keep_routing` rules that out. Affinities are recomputed in both, as the gate's gradient

@@ -1,11 +1,8 @@
 """``torch.compile`` on a built model, in place: parameters' names and hooks stay.
 
-Blocks of one kind share their compiled code, so `compile_blocks` compiles two or three graphs however deep the model is
-and is the quicker start; `compile_model` can also fuse across blocks.
-
-A block is one graph without a break. A hook on its router that looks at Python state, as the counting hook of
-``AuxFreeBalanceCallback`` does, splits that graph there: the counts stay exact, the block becomes several graphs.
-Hooks must be attached before the first compiled call, which compiles; the callback does so in ``setup``.
+A block is one graph without a break. The counting hook of ``AuxFreeBalanceCallback`` looks at Python state and may
+split that graph; the counts stay exact. Hooks must be attached before the first compiled call, which compiles; the
+callback does so in ``setup``.
 """
 
 from __future__ import annotations
@@ -17,36 +14,29 @@ from torch import nn
 from lightning_dsv3.layers.block import TransformerBlock
 
 
-def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
-    """Compile every transformer block of ``model``, those of MTP modules too.
+def compile_model(model: nn.Module, part: str = "model", **options: Any) -> nn.Module:
+    """Compile ``model``.
 
     Args:
-        model: Any module that holds transformer blocks; changed in place.
+        model: The model, changed in place.
+        part: ``model`` traces it as a whole; ``blocks`` compiles every transformer block by itself, those of MTP
+            modules too; ``none`` leaves it as it is.
         options: Arguments of ``torch.compile``, as in ``backend="aot_eager"``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: A model without transformer blocks.
+        ValueError: An unknown part, or ``blocks`` of a model without transformer blocks.
     """
-    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} holds no TransformerBlock; give the DeepSeekV3 itself")
-    for block in blocks:
-        block.compile(**options)
-    return model
-
-
-def compile_model(model: nn.Module, **options: Any) -> nn.Module:
-    """Compile the whole ``model`` in place.
-
-    Args:
-        model: The model.
-        options: Arguments of ``torch.compile``.
-
-    Returns:
-        ``model``.
-    """
-    model.compile(**options)
+    if part not in ("none", "blocks", "model"):
+        raise ValueError(f"part={part!r} is not one of none, blocks, model")
+    if part == "model":
+        model.compile(**options)
+    elif part == "blocks":
+        blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+        if not blocks:
+            raise ValueError(f"{type(model).__name__} holds no TransformerBlock; give the DeepSeekV3 itself")
+        for block in blocks:
+            block.compile(**options)
     return model

@@ -3,7 +3,7 @@
     lightning run model examples/train.py                                  minutes on a laptop, real text, no GPU
     lightning run model examples/train.py train.total_tokens=4000000 model.hidden_size=256
     lightning run model examples/train.py study=no_aux_free                 the same with the bias left alone
-    lightning run model --devices 2 --accelerator cpu examples/train.py    two processes, same curve
+    lightning run model --devices 2 --accelerator cpu examples/train.py    two processes, same steps
     lightning run model examples/train.py resume=runs/<run>                go on
 
 Every word `key=value` changes the configuration; `lightning run model --help` and the README tell more.

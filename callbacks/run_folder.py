@@ -14,6 +14,7 @@ complete as after the last step.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import inspect
 import json
@@ -76,6 +77,7 @@ class RunFolder(Callback):
         self._first_signal = 0.0
         self._earlier_rows: list[dict[str, str]] = []
         self._clock = 0.0
+        self._paused = 0.0
         self._tokens = 0
         self._seconds = 0.0
         self._trained_tokens = 0
@@ -96,7 +98,8 @@ class RunFolder(Callback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "config.yaml", self.config.to_yaml())
+        # Without `resume`: the file says what was run, and must not carry who reads it on into this folder.
+        _write(self.path / "config.yaml", dataclasses.replace(self.config, resume=None).to_yaml())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tokenizer beside the configuration, so that the folder needs nothing else."""

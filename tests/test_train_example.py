@@ -105,6 +105,7 @@ def test_resume_continues_the_curve_bit_for_bit(
     assert checkpoint(run)["global_step"] == 4
     resumed, _ = train(tmp_path, environment, f"resume={run}", "trainer.max_steps=6")
     assert resumed == run
+    assert "resume: null" in (run / "config.yaml").read_text()
     assert losses(resumed) == losses(whole_run[0])
     one, other = checkpoint(whole_run[0])["state_dict"], checkpoint(resumed)["state_dict"]
     assert [name for name in one if not torch.equal(one[name], other[name])] == []

@@ -8,8 +8,9 @@ tokens seen by the whole run, so that ranks, micro-batches and a resume do not m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -201,34 +202,23 @@ class DeepSeekV3Module(LightningModule):
 
     def _balance_losses(self, routing: tuple[RouterOutput, ...], num_sequences: int) -> dict[str, Tensor]:
         """Return each balance loss, summed over the routers."""
+        loss_of: dict[str, Callable[..., Tensor]] = {
+            "sequence": partial(sequence_balance_loss, num_sequences=num_sequences),
+            "batch": batch_balance_loss,
+        }
         losses = {}
-        if "sequence" in self.balance and routing:
-            args = self.balance_args.sequence
-            losses["sequence"] = torch.stack(
-                [
-                    sequence_balance_loss(
-                        affinity_TE=r.affinity_TE,
-                        expert_TK=r.expert_TK,
-                        num_sequences=num_sequences,
-                        alpha=args.alpha,
-                        selection=cast(Selection, args.selection),
-                    )
-                    for r in routing
-                ]
-            ).sum()
-        if "batch" in self.balance and routing:
-            args = self.balance_args.batch
-            losses["batch"] = torch.stack(
-                [
-                    batch_balance_loss(
-                        affinity_TE=r.affinity_TE,
-                        expert_TK=r.expert_TK,
-                        alpha=args.alpha,
-                        selection=cast(Selection, args.selection),
-                    )
-                    for r in routing
-                ]
-            ).sum()
+        for method in [name for name in loss_of if name in self.balance and routing]:
+            args: AuxLossArgs = getattr(self.balance_args, method)
+            each = [
+                loss_of[method](
+                    affinity_TE=r.affinity_TE,
+                    expert_TK=r.expert_TK,
+                    alpha=args.alpha,
+                    selection=cast(Selection, args.selection),
+                )
+                for r in routing
+            ]
+            losses[method] = torch.stack(each).sum()
         return losses
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:

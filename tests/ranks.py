@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,12 @@ def _run(rank: int, world_size: int, port: int, folder: str, function: Callable[
     }
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
+        # Rank 0 keeps the store that the others may still be reading: nobody leaves before all are done.
+        deadline = time.monotonic() + 60
+        while len(list(Path(folder).glob("*.pt"))) < world_size and time.monotonic() < deadline:
+            if list(Path(folder).glob("*.error")):
+                break
+            time.sleep(0.02)
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         # Without the others' wait for a collective that never comes.

@@ -23,7 +23,7 @@ STACK = [
     {"module", "precision", "plots"},
     {"evaluation"},
     {"callbacks"},
-    {"cli", "configs", "__main__"},
+    {"cli", "configs", "__main__", "pytorch_lightning"},
 ]
 LEVEL = {unit: level for level, line in enumerate(STACK) for unit in line}
 # The command is started by the module that only calls it.

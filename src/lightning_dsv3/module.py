@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -39,32 +39,19 @@ from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, shifted_targets
 ScheduleLike = float | Schedule | Iterable[Mark | Mapping[str, Any]]
 
 
-class DeepSeekV3Module(LightningModule):
-    """Train and validate a DeepSeek-V3-style model with any Trainer (automatic optimisation).
+if TYPE_CHECKING:
+    _Base = LightningModule
+else:
+    _Base = object
 
-    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored)
-    and ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
 
-    Logged: ``train/loss`` (main head), ``train/mtp_loss``, ``train/balance/<method>``, ``train/total_loss``,
-    ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,
-    ``val/<domain>/bpb`` and their mean ``val/bpb``.
+class DeepSeekV3Steps(_Base):
+    """What :class:`DeepSeekV3Module` does, without its base class.
 
-    Args:
-        config: The model: a configuration, its dict, or a preset's name.
-        balance: Any of ``aux_free`` (the routers' bias is meant to be moved by ``AuxFreeBalanceCallback``),
-            ``sequence`` and ``batch`` (balance losses).
-        balance_args: Parameters per method, as in ``{"sequence": {"alpha": 1e-4, "selection": "unbiased"}}``.
-        mtp_loss_weight: Weight lambda of the MTP losses' mean: a number or a schedule of tokens.
-        learning_rate: A number or a schedule of tokens.
-        optimizer: AdamW's constants.
-
-    Raises:
-        ConfigError: Anything impossible in the arguments.
-
-    Example:
-        >>> module = DeepSeekV3Module("tiny", balance=["sequence"], mtp_loss_weight=0.3)
-        >>> module.model.config.n_routed_experts
-        32
+    ``lightning.pytorch`` and ``pytorch_lightning`` hold the same classes twice, and each one's Trainer takes its own
+    alone. A module that inherited from both would be taken, but each package tells an overridden hook by comparing it
+    with its own default, and would meet the other's. So these steps are put on either base:
+    :mod:`lightning_dsv3.pytorch_lightning` has the other one.
     """
 
     def __init__(
@@ -162,6 +149,25 @@ class DeepSeekV3Module(LightningModule):
         """Log bits per byte."""
         self._log_bits_per_byte("test")
 
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Say of each position what the model expects next, and how surprised it is by what comes.
+
+        Rows are run one by one: the logits of one, ``S * vocab_size`` numbers, are all that is in memory at a time.
+
+        Returns:
+            ``token_losses``, float32 ``[B, S]``: nats of each label (without labels, of each id of ``input_ids``),
+            where position i has the loss of label i + 1, 0 where there is none; ``predicted``, int64 ``[B, S]``: the
+            likeliest next id at each position; ``domain`` ``[B]``, if the batch has it.
+        """
+        input_ids = batch["input_ids"]
+        token_losses, predicted = [], []
+        for ids, labels in zip(input_ids.split(1), batch.get("labels", input_ids).split(1), strict=True):
+            output = self.model(ids, labels=labels, use_mtp=False)
+            token_losses.append(output.token_losses)
+            predicted.append(output.logits.argmax(dim=-1))
+        prediction = {"token_losses": torch.cat(token_losses), "predicted": torch.cat(predicted)}
+        return prediction | ({"domain": batch["domain"]} if "domain" in batch else {})
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with weight decay on matrices only (report, section 4.2)."""
         constants = self.optimizer_config
@@ -251,6 +257,35 @@ class DeepSeekV3Module(LightningModule):
         values = {domain: metric.compute() for domain, metric in self._bits_per_byte.items()}
         self.log_dict({f"{stage}/{domain}/bpb": value for domain, value in values.items()})
         self.log(f"{stage}/bpb", torch.stack(list(values.values())).nanmean(), prog_bar=True)
+
+
+class DeepSeekV3Module(DeepSeekV3Steps, LightningModule):
+    """Train, validate, test and predict with a DeepSeek-V3-style model, in any Trainer (automatic optimisation).
+
+    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored)
+    and ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
+
+    Logged: ``train/loss`` (main head), ``train/mtp_loss``, ``train/balance/<method>``, ``train/total_loss``,
+    ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,
+    ``val/<domain>/bpb`` and their mean ``val/bpb``.
+
+    Args:
+        config: The model: a configuration, its dict, or a preset's name.
+        balance: Any of ``aux_free`` (the routers' bias is meant to be moved by ``AuxFreeBalanceCallback``),
+            ``sequence`` and ``batch`` (balance losses).
+        balance_args: Parameters per method, as in ``{"sequence": {"alpha": 1e-4, "selection": "unbiased"}}``.
+        mtp_loss_weight: Weight lambda of the MTP losses' mean: a number or a schedule of tokens.
+        learning_rate: A number or a schedule of tokens.
+        optimizer: AdamW's constants.
+
+    Raises:
+        ConfigError: Anything impossible in the arguments.
+
+    Example:
+        >>> module = DeepSeekV3Module("tiny", balance=["sequence"], mtp_loss_weight=0.3)
+        >>> module.model.config.n_routed_experts
+        32
+    """
 
 
 def _balance_args(values: BalanceArgs | Mapping[str, Mapping[str, Any]] | None) -> BalanceArgs:

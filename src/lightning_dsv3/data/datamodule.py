@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -88,36 +88,14 @@ class _Part(NamedTuple):
 _Prepared: TypeAlias = tuple[list[SourceReport], dict[str, list[_Tokens]]]
 
 
-class DeepSeekV3DataModule(LightningDataModule):
-    """Packed sequences of several domains, mixed with fixed weights, in an order that a resume does not change.
+if TYPE_CHECKING:
+    _Base = LightningDataModule
+else:
+    _Base = object
 
-    Training batches come without end: ``Trainer(max_steps=...)`` ends the run. Which sequences an optimizer step sees
-    depends on ``seed`` and its number alone: not on ranks, gradient accumulation, workers or interruptions. A batch is
-    a dict of int64 tensors:
 
-    - ``input_ids`` ``[B, S]``;
-    - ``labels`` ``[B, S]``, the same ids (the model shifts them) with -100 on padding, which only held-out text has;
-    - ``domain`` ``[B]``, index into ``domains``; every row is text of one domain.
-
-    After ``setup()`` there are ``domains``, ``tokenizer``, ``token_bytes``, ``eos_token_id`` and ``sources``.
-
-    Args:
-        config: Weights of the domains or sources of the user's own, cache folder, network, workers; also as a mapping.
-        vocab_size: Ids of the tokenizer, which are the first ones of DeepSeek's.
-        sequence_length: Tokens per sequence S.
-        batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
-        seed: Seeds mixture and shuffling.
-        documents: Texts of each domain, instead of the default corpus. A text's hash decides its split. Without
-            weights in ``config`` the domains get equal ones.
-
-    Raises:
-        ConfigError: A value that cannot work, with the fix.
-
-    Example:
-        >>> data = DeepSeekV3DataModule(documents={"haiku": ["An old silent pond"] * 9}, sequence_length=8)
-        >>> data.batch_size
-        8
-    """
+class PackedText(_Base):
+    """What :class:`DeepSeekV3DataModule` does, without its base class, of which ``pytorch_lightning`` has another."""
 
     domains: list[str]
     """Names of the domains that are there, in the order of the weights."""
@@ -233,6 +211,10 @@ class DeepSeekV3DataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return this rank's part of all test windows, domain after domain."""
+        return self._held_out_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return the same as :meth:`test_dataloader`."""
         return self._held_out_dataloader("test")
 
     def report_sources(self, *, offline: bool) -> list[SourceReport]:
@@ -378,6 +360,38 @@ class DeepSeekV3DataModule(LightningDataModule):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+class DeepSeekV3DataModule(PackedText, LightningDataModule):
+    """Packed sequences of several domains, mixed with fixed weights, in an order that a resume does not change.
+
+    Training batches come without end: ``Trainer(max_steps=...)`` ends the run. Which sequences an optimizer step sees
+    depends on ``seed`` and its number alone: not on ranks, gradient accumulation, workers or interruptions. A batch is
+    a dict of int64 tensors:
+
+    - ``input_ids`` ``[B, S]``;
+    - ``labels`` ``[B, S]``, the same ids (the model shifts them) with -100 on padding, which only held-out text has;
+    - ``domain`` ``[B]``, index into ``domains``; every row is text of one domain.
+
+    After ``setup()`` there are ``domains``, ``tokenizer``, ``token_bytes``, ``eos_token_id`` and ``sources``.
+
+    Args:
+        config: Weights of the domains or sources of the user's own, cache folder, network, workers; also as a mapping.
+        vocab_size: Ids of the tokenizer, which are the first ones of DeepSeek's.
+        sequence_length: Tokens per sequence S.
+        batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
+        seed: Seeds mixture and shuffling.
+        documents: Texts of each domain, instead of the default corpus. A text's hash decides its split. Without
+            weights in ``config`` the domains get equal ones.
+
+    Raises:
+        ConfigError: A value that cannot work, with the fix.
+
+    Example:
+        >>> data = DeepSeekV3DataModule(documents={"haiku": ["An old silent pond"] * 9}, sequence_length=8)
+        >>> data.batch_size
+        8
+    """
 
 
 def _data_config(config: DataConfig | Mapping[str, Any] | None) -> DataConfig:

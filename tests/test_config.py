@@ -174,7 +174,7 @@ def test_steps_cover_the_tokens_asked_for_and_no_more_than_one_step_beyond(total
     import dataclasses
 
     train = dataclasses.replace(RunConfig().train, total_tokens=total, sequence_length=length, batch_size=batch)
-    assert 0 <= train.max_steps * train.tokens_per_step - total < train.tokens_per_step
+    assert 0 <= train.max_steps * batch * length - total < batch * length
 
 
 def test_hugging_face_configuration_round_trips_for_every_preset() -> None:

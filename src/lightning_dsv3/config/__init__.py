@@ -1,5 +1,6 @@
 """Configuration: typed dataclasses, presets and the ``key=value`` grammar. Imports no torch."""
 
+from lightning_dsv3.config.batch_ramp import BatchRamp, BatchSizes
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
 from lightning_dsv3.config.model import DeepSeekV3Config, ParameterCount
 from lightning_dsv3.config.presets import preset_names, read_preset
@@ -21,6 +22,8 @@ __all__ = [
     "AuxFreeArgs",
     "AuxLossArgs",
     "BalanceArgs",
+    "BatchRamp",
+    "BatchSizes",
     "ConfigError",
     "DataConfig",
     "DeepSeekV3Config",

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from lightning_dsv3.config.batch_ramp import BatchRamp, BatchSizes
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
 from lightning_dsv3.config.model import DeepSeekV3Config
 from lightning_dsv3.config.presets import GROUPS, read_preset, read_yaml
@@ -68,12 +69,14 @@ class ScheduleConfig:
         learning_rate: Marks of the learning rate.
         mtp_loss_weight: Marks of the MTP loss weight lambda.
         bias_update_rate: Marks of the bias update speed gamma.
+        batch_ramp: A batch that rises to ``train.batch_size``; null for ``train.batch_size`` throughout.
     """
 
     token_scale: float | None = None
     learning_rate: list[Mark] = field(default_factory=lambda: [Mark(1.0, 2.2e-4)])
     mtp_loss_weight: list[Mark] = field(default_factory=lambda: [Mark(1.0, 0.3)])
     bias_update_rate: list[Mark] = field(default_factory=lambda: [Mark(1.0, 1e-3)])
+    batch_ramp: BatchRamp | None = None
 
     def __post_init__(self) -> None:
         if self.token_scale is not None and not (math.isfinite(self.token_scale) and self.token_scale > 0):
@@ -94,14 +97,14 @@ class TrainConfig:
     Attributes:
         total_tokens: Length of the run in tokens; the run ends at the optimizer step that reaches it.
         sequence_length: Tokens per sequence S.
-        batch_size: Sequences per optimizer step, over all ranks and micro-batches.
+        batch_size: Sequences per optimizer step, over all ranks and micro-batches; ``schedule.batch_ramp`` leads to it.
         gradient_clip_norm: Clip the gradient's global norm to this.
         validate_every_steps: Optimizer steps between validations (and checkpoints).
         activation_checkpointing: ``none``, ``block`` (blocks run again in the backward) or ``keep_routing`` (the same,
             but their chosen experts are kept).
         compile: ``none``, ``blocks`` or ``model``: what ``torch.compile`` compiles.
         optimizer: AdamW's constants.
-        schedule: Learning rate, MTP weight and bias update rate over tokens.
+        schedule: Learning rate, MTP weight, bias update rate and batch ramp over tokens.
     """
 
     total_tokens: int = 1_000_000
@@ -130,23 +133,38 @@ class TrainConfig:
             )
         if self.gradient_clip_norm <= 0:
             raise ConfigError(f"train.gradient_clip_norm={self.gradient_clip_norm}: must be positive")
+        BatchSizes(self.batch_size, self.schedule.batch_ramp)  # refuses a ramp that does not lead to this size
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.batch_size * self.sequence_length
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of every optimizer step over all ranks, with the ramp on this run's tokens."""
+        ramp = self.schedule.batch_ramp
+        if ramp is not None:
+            ramp = dataclasses.replace(ramp, until=ramp.until * self._token_scale)
+        return BatchSizes(self.batch_size, ramp, self.sequence_length)
 
     @property
     def max_steps(self) -> int:
         """Optimizer steps until ``total_tokens`` is reached."""
-        return -(-self.total_tokens // self.tokens_per_step)
+        return self.batch_sizes.num_steps(-(-self.total_tokens // self.sequence_length))
 
     def scheduled(self, name: str) -> Schedule:
-        """Return the schedule ``learning_rate``, ``mtp_loss_weight`` or ``bias_update_rate`` on this run's tokens."""
+        """Return a schedule on this run's tokens.
+
+        Args:
+            name: ``learning_rate``, ``mtp_loss_weight``, ``bias_update_rate``, or ``batch_size`` in sequences.
+        """
+        if name == "batch_size":
+            sizes = self.batch_sizes.sizes
+            # A step's tokens count as seen, so a size lasts to the beginning of the next one, inclusive.
+            ends = [*list(sizes.values())[1:], sizes[self.batch_size] + self.batch_size]
+            return Schedule(Mark(end * self.sequence_length, size) for size, end in zip(sizes, ends, strict=True))
+        return Schedule(getattr(self.schedule, name), self._token_scale)
+
+    @property
+    def _token_scale(self) -> float:
         scale = self.schedule.token_scale
-        if scale is None:
-            scale = self.total_tokens / self.schedule.learning_rate[-1].until
-        return Schedule(getattr(self.schedule, name), scale)
+        return self.total_tokens / self.schedule.learning_rate[-1].until if scale is None else scale
 
 
 @dataclass(frozen=True)
@@ -361,6 +379,8 @@ def load_run_config(words: Sequence[str] = ()) -> RunConfig:
         merged = _override(merged, key, value)
     try:
         built = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: is not given and has no default; {_first_line(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {_first_line(error)}") from error
     assert isinstance(built, RunConfig)
@@ -416,6 +436,8 @@ def _override(base: DictConfig, key: str, value: str) -> DictConfig:
 
 
 def _explain(error: OmegaConfBaseException, base: DictConfig, origin: str) -> ConfigError:
+    if error.full_key is None and error.key is None:
+        return ConfigError(f"{origin}: {_first_line(error)}")
     full_key = str(error.full_key or error.key)
     if isinstance(error, ValidationError):
         return ConfigError(f"{origin}: {full_key}: {_first_line(error)}")

@@ -71,7 +71,7 @@ def main() -> None:
         config.data,
         vocab_size=config.model.vocab_size,
         sequence_length=train.sequence_length,
-        batch_size=train.batch_size,
+        batch_size=train.batch_sizes,
         seed=config.seed,
     )
     trainer.fit(module, data, ckpt_path=run.checkpoint, **run.safe_loading)

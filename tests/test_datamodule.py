@@ -205,13 +205,12 @@ class TestOneOrderForEveryLayout:
         steps = [[] for _ in range(STEPS)]
         data = make()
         data.setup()
-        rows = B // world_size // accumulate
-        loaders = [stream(data, rows, rank, world_size) for rank in range(world_size)]
+        loaders = [stream(data, accumulate, rank, world_size) for rank in range(world_size)]
         for step in range(STEPS):
             for _ in range(accumulate):
                 for loader in loaders:
                     batch = next(loader)
-                    assert len(batch["domain"]) == rows
+                    assert len(batch["domain"]) == B // world_size // accumulate
                     together = zip(batch["input_ids"], batch["labels"], batch["domain"], strict=True)
                     steps[step] += [fingerprint(*row) for row in together]
         assert dict(enumerate(steps)) == uninterrupted.steps()
@@ -237,9 +236,9 @@ class TestOneOrderForEveryLayout:
         assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-def stream(data, rows, rank, world_size):
+def stream(data, accumulate, rank, world_size):
     dataset = data.train_dataloader().dataset
-    dataset.rows, dataset.rank, dataset.world_size = rows, rank, world_size
+    dataset.accumulate, dataset.rank, dataset.world_size = accumulate, rank, world_size
     return iter(dataset)
 
 

@@ -22,7 +22,7 @@ def print_corpus(run: RunConfig, *, fetch: bool) -> None:
         run.data,
         vocab_size=run.model.vocab_size,
         sequence_length=run.train.sequence_length,
-        batch_size=run.train.batch_size,
+        batch_size=run.train.batch_sizes,
         seed=run.seed,
     )
     try:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from lightning_dsv3.config import ConfigError, DataConfig, SourceConfig, did_you_mean
+from lightning_dsv3.config import BatchSizes, ConfigError, DataConfig, SourceConfig, did_you_mean
 from lightning_dsv3.data.corpus import (
     DOMAINS,
     SPLITS,
@@ -113,7 +113,7 @@ class PackedText(_Base):
         *,
         vocab_size: int = 8192,
         sequence_length: int = 256,
-        batch_size: int = 8,
+        batch_size: int | BatchSizes = 8,
         seed: int = 0,
         documents: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
@@ -121,8 +121,12 @@ class PackedText(_Base):
         self.config = _data_config(config)
         if sequence_length < 2:
             raise ConfigError(f"train.sequence_length={sequence_length}: a sequence needs at least 2 tokens")
-        if batch_size < 1:
-            raise ConfigError(f"train.batch_size={batch_size}: must be 1 or more")
+        sizes = BatchSizes.of(batch_size)
+        if sizes.ramp is not None and sizes.sequence_length != sequence_length:
+            raise ConfigError(
+                f"train.sequence_length={sequence_length}: the batch ramp counts sequences of {sizes.sequence_length} "
+                "tokens; give BatchSizes the same sequence_length"
+            )
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -173,7 +177,7 @@ class PackedText(_Base):
             self._check_ranks_agree()
         if stage == TrainerFn.FITTING.value:
             # Before a model is built around a batch size that cannot be had.
-            self._rows_per_batch(world_size)
+            BatchSizes.of(self.batch_size).check_shares(world_size, self._accumulated())
 
     def train_dataloader(self) -> ResumableLoader:
         """Return this rank's endless micro-batches; the loader can be saved and restored at any step."""
@@ -184,8 +188,16 @@ class PackedText(_Base):
         ]
         mixture = Mixture([part.weight for part in self._parts], self.seed)
         domain_of = [part.domain for part in self._parts]
-        rows = self._rows_per_batch(world_size)
-        stream = TrainingStream(windows, mixture, domain_of=domain_of, rows=rows, rank=rank, world_size=world_size)
+        BatchSizes.of(self.batch_size).check_shares(world_size, self._accumulated())
+        stream = TrainingStream(
+            windows,
+            mixture,
+            domain_of=domain_of,
+            batch_sizes=BatchSizes.of(self.batch_size),
+            accumulate=self._accumulated(),
+            rank=rank,
+            world_size=world_size,
+        )
         before, trainer = self._training_loader, self._fitting_trainer()
         if trainer is not None and trainer.overfit_batches:
             raise ConfigError(
@@ -194,7 +206,7 @@ class PackedText(_Base):
             )
         if before is not None and before.progress is not None and before.progress.trainer is trainer:
             # The same run asks again (reload_dataloaders_every_n_epochs, or another fit of the same Trainer).
-            stream.start = before.position
+            stream.begin_at(*before.place)
         self._training_loader = ResumableLoader(
             stream,
             identity=self._identity(),
@@ -293,7 +305,7 @@ class PackedText(_Base):
             rank_zero_warn(f"There is no text for {', '.join(gone)}; the weights are now: {shares}.")
 
     def _identity(self) -> dict[str, Any]:
-        """Return what the order of samples depends on, in plain values for a checkpoint."""
+        """Return what the samples of every optimizer step depend on, in plain values for a checkpoint."""
         content = hashlib.blake2b(digest_size=8)
         for part in self._parts:
             content.update(part.documents.key.tobytes() + part.documents.length.tobytes())
@@ -304,6 +316,7 @@ class PackedText(_Base):
             "weights": {part.name: part.weight for part in self._parts},
             "documents": content.hexdigest(),
             "fim_rate": self.config.fim_rate,
+            "batch_size": BatchSizes.of(self.batch_size).to_plain(),
         }
 
     def _check_ranks_agree(self) -> None:
@@ -326,21 +339,10 @@ class PackedText(_Base):
 
     def _held_out_dataloader(self, split: str) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         rank, world_size = self._rank_and_world_size()
-        rows = max(1, self.batch_size // (world_size * self._accumulated()))
+        rows = max(1, BatchSizes.of(self.batch_size).size // (world_size * self._accumulated()))
         batches = HeldOutBatches(self._held_out_windows(split), rows=rows, rank=rank, world_size=world_size)
         # Lightning takes an empty list for "nothing to validate on".
         return held_out_loader(batches, pin_memory=self._on_gpu()) if len(batches) else []
-
-    def _rows_per_batch(self, world_size: int) -> int:
-        parts = world_size * self._accumulated()
-        if self.batch_size % parts:
-            nearest = max(parts, round(self.batch_size / parts) * parts)
-            raise ConfigError(
-                f"train.batch_size={self.batch_size}: is all sequences of an optimizer step and must divide by "
-                f"{world_size} processes x {self._accumulated()} accumulated batches = {parts}; use "
-                f"train.batch_size={nearest}, or change trainer.accumulate_grad_batches or the number of devices"
-            )
-        return self.batch_size // parts
 
     def _accumulated(self) -> int:
         return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
@@ -379,7 +381,8 @@ class DeepSeekV3DataModule(PackedText, LightningDataModule):
         config: Weights of the domains or sources of the user's own, cache folder, network, workers; also as a mapping.
         vocab_size: Ids of the tokenizer, which are the first ones of DeepSeek's.
         sequence_length: Tokens per sequence S.
-        batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
+        batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches; with a ramp the sizes of
+            all steps, as ``TrainConfig.batch_sizes`` gives them.
         seed: Seeds mixture and shuffling.
         documents: Texts of each domain, instead of the default corpus. A text's hash decides its split. Without
             weights in ``config`` the domains get equal ones.

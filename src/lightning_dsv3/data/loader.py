@@ -1,16 +1,17 @@
 """The loaders: an endless training stream that knows where it is, and held-out windows shared out over ranks.
 
 Sample n of the training stream is a pure function of (seed, n): the mixture draws its domain (or, where sources have
-weights of their own, its source), and it takes that text's next window. Optimizer step k reads samples
-k*B .. (k+1)*B - 1, whoever reads them:
+weights of their own, its source), and it takes that text's next window. Optimizer step k reads the samples that
+:class:`BatchSizes` gives it, k*B .. (k+1)*B - 1 where the batch does not change, whoever reads them:
 
     sample        0   1   2   3   4   5   6   7        B = 8
     1 process     |-------- micro-batch 0 -----|
     2 ranks       |-- rank 0 ---|-- rank 1 ----|
     accumulate 2  |-- micro 0 --|-- micro 1 ---|       (with 2 ranks each micro-batch is split once more)
 
-So the position of a run is one number, the samples that were used, beside the number of windows that each domain has
-given, which spares counting them again and lets a resumed run change its mixture without reading anything twice.
+So the position of a run is one number, the samples before the optimizer step at hand, beside the number of windows
+that each domain has given, which spares counting them again and lets a resumed run change its mixture without reading
+anything twice. Only inside a step there is a second one, the micro-batches of it that were used.
 
 Lightning asks for the position in the middle of things: it has fetched one batch ahead, workers have fetched more. The
 position is therefore counted in batches that the Trainer has processed, and not in batches that were handed out.
@@ -18,6 +19,7 @@ position is therefore counted in batches that the Trainer has processed, and not
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
+from lightning_dsv3.config import BatchSizes
 from lightning_dsv3.data.packing import IGNORED_LABEL, HeldOutWindows, Int64Array, TrainingWindows
 from lightning_dsv3.data.sampling import Mixture
 from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID
@@ -63,7 +66,8 @@ class TrainingStream(IterableDataset[Batch]):
         parts: Training windows of each text that has a weight: a domain, or one of its sources.
         mixture: Draws the part of each sample.
         domain_of: The domain that each part belongs to; None if every part is a domain.
-        rows: Sequences per micro-batch and rank.
+        batch_sizes: The samples of every optimizer step; each size divides by ``accumulate * world_size``.
+        accumulate: Micro-batches per optimizer step.
         rank: This process.
         world_size: All processes.
     """
@@ -74,42 +78,53 @@ class TrainingStream(IterableDataset[Batch]):
         mixture: Mixture,
         *,
         domain_of: Sequence[int] | None = None,
-        rows: int,
+        batch_sizes: BatchSizes,
+        accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._parts = list(parts)
         self._domain_of = np.arange(len(self._parts)) if domain_of is None else np.asarray(domain_of, dtype=np.int64)
         self.mixture = mixture
-        self.rows = rows
+        self.accumulate = accumulate
         self.rank = rank
         self.world_size = world_size
-        self.start = Position(0, (0,) * len(self._parts))
+        self._batch_sizes = batch_sizes
+        self.begin_at(Position(0, (0,) * len(self._parts)))
 
-    @property
-    def samples_per_batch(self) -> int:
-        """Samples that all ranks together use at a micro-batch."""
-        return self.rows * self.world_size
+    def begin_at(self, start: Position, skipped: int = 0) -> None:
+        """Begin with the optimizer step at ``start``, without its first ``skipped`` micro-batches."""
+        self.start = start
+        self.skipped = skipped
+        self._steps = self._batch_sizes.beginning_at(start.samples)
+
+    def samples(self, number: int) -> range:
+        """Return the samples that all ranks together use at the ``number``-th micro-batch from the beginning."""
+        step, micro_batch = divmod(self.skipped + number, self.accumulate)
+        samples = self._steps.samples(step)
+        size = len(samples) // self.accumulate
+        return samples[micro_batch * size :][:size]
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        position = self.start.moved_to(self.start.samples + first * self.samples_per_batch, self.mixture)
-        while True:
-            yield self.batch(position)
-            position = position.moved_to(position.samples + stride * self.samples_per_batch, self.mixture)
+        position = self.start
+        for number in itertools.count(first, stride):
+            samples = self.samples(number)
+            position = position.moved_to(samples.start, self.mixture)
+            yield self._batch(position, len(samples) // self.world_size)
 
-    def batch(self, position: Position) -> Batch:
-        """Return this rank's share of the micro-batch that begins at ``position``."""
-        skipped = self.rank * self.rows
-        parts = self.mixture.domains(position.samples, position.samples + skipped + self.rows)
+    def _batch(self, position: Position, rows: int) -> Batch:
+        """Return this rank's share, ``rows`` sequences, of the micro-batch that begins at ``position``."""
+        skipped = self.rank * rows
+        parts = self.mixture.domains(position.samples, position.samples + skipped + rows)
         mine = parts[skipped:]
         taken = np.asarray(position.windows) + np.bincount(parts[:skipped], minlength=len(self._parts))
-        rows = []
+        windows = []
         for part in mine:
-            rows.append(self._parts[part][int(taken[part])])
+            windows.append(self._parts[part][int(taken[part])])
             taken[part] += 1
-        input_ids = torch.from_numpy(np.stack(rows))
+        input_ids = torch.from_numpy(np.stack(windows))
         domain = torch.from_numpy(self._domain_of[mine])
         # Training windows have no padding: every position is a label.
         return {"input_ids": input_ids, "labels": input_ids.clone(), "domain": domain}
@@ -139,25 +154,25 @@ class FitProgress:
     def _batch_progress(self) -> Any:
         return self.trainer.fit_loop.epoch_loop.batch_progress
 
-    def convert(self, accumulated: int) -> None:
-        """Restate Lightning's counts of a run that accumulated ``accumulated`` batches in this run's batches.
+    def batches_into_step(self, accumulated: int) -> int:
+        """Return how many of ``accumulated`` micro-batches per step are done of the optimizer step at hand."""
+        done = int(self._batch_progress.current.processed)
+        # Lightning steps the optimizer at an epoch's last batch, however many there were.
+        return 0 if done >= self.trainer.num_training_batches else done % accumulated
+
+    def begin_step(self, accumulated: int) -> None:
+        """Restate Lightning's counts of a run that accumulated ``accumulated`` batches, in this run's and whole steps.
 
         Lightning steps the optimizer at every batch whose count is a multiple of accumulate_grad_batches. With the old
         counts and another number (as on another number of devices) the first step would miss a part of its batches.
         """
         now = self.accumulate_grad_batches
-        progress = self._batch_progress
-        if inside := progress.total.processed % accumulated:
-            warnings.warn(
-                f"The checkpoint was made inside an optimizer step: {inside} of its {accumulated} accumulated batches "
-                "were done, and their gradients are not in it. The first step of this run misses them.",
-                stacklevel=3,
-            )
-        elif now != accumulated:
-            for count in (progress.total, progress.current):
-                added = count.processed // accumulated * now - count.processed
-                for event in ("ready", "started", "processed", "completed"):
-                    setattr(count, event, getattr(count, event) + added)
+        if accumulated == now and not self.batches_into_step(now):
+            return
+        for count in (self._batch_progress.total, self._batch_progress.current):
+            added = count.processed // accumulated * now - count.processed
+            for event in ("ready", "started", "processed", "completed"):
+                setattr(count, event, getattr(count, event) + added)
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -197,7 +212,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # The stream, and with it every worker, begins where the used batches end.
-        self.position = self.position
+        self.go_to(*self.place)
         return self._counted(super().__iter__())
 
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -209,41 +224,60 @@ class ResumableLoader(DataLoader[Batch]):
         return self._handed_out if self.progress is None else self.progress.batches_done
 
     @property
-    def position(self) -> Position:
-        """Where the next batch that has not been used begins."""
-        used = (self._count() - self._done_before) * self._stream.samples_per_batch
-        self._known = self._known.moved_to(self._stream.start.samples + used, self._stream.mixture)
-        return self._known
+    def place(self) -> tuple[Position, int]:
+        """Where the optimizer step at hand begins, and how many of its micro-batches were used."""
+        number, accumulate = self._count() - self._done_before, self._stream.accumulate
+        if self.progress is None:
+            inside = (self._stream.skipped + number) % accumulate
+        else:
+            inside = self.progress.batches_into_step(accumulate)
+        self._known = self._known.moved_to(self._stream.samples(number - inside).start, self._stream.mixture)
+        return self._known, inside
 
-    @position.setter
-    def position(self, position: Position) -> None:
-        self._stream.start = self._known = position
+    def go_to(self, start: Position, skipped: int = 0) -> None:
+        """Go on with the optimizer step at ``start``, without its first ``skipped`` micro-batches."""
+        self._stream.begin_at(start, skipped)
+        self._known = start
         self._done_before = self._count()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in plain values; it is the same on every rank."""
-        position = self.position
+        """Return the place in plain values; it is the same on every rank."""
+        position, inside = self.place
         return {
             "samples": position.samples,
             "windows": dict(zip(self.parts, position.windows, strict=True)),
+            "batches_into_step": inside,
             "identity": self.identity,
-            "accumulate_grad_batches": 1 if self.progress is None else self.progress.accumulate_grad_batches,
+            "accumulate_grad_batches": self._stream.accumulate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position; it may come from another number of ranks, micro-batches or workers."""
-        saved = state["identity"]
-        changed = [key for key, value in self.identity.items() if saved.get(key) != value]
+        """Go on from a saved place; it may come from another number of ranks, micro-batches or workers."""
+        saved, accumulated = state["identity"], state["accumulate_grad_batches"]
+        # What an older checkpoint does not say is taken for unchanged.
+        changed = [key for key, value in self.identity.items() if saved.get(key, value) != value]
         if changed:
-            then_and_now = "; ".join(f"{key} was {saved.get(key)!r} and is {self.identity[key]!r}" for key in changed)
+            then_and_now = "; ".join(f"{key} was {saved[key]!r} and is {self.identity[key]!r}" for key in changed)
             warnings.warn(
-                f"The checkpoint was made on other training data: {then_and_now}. The run goes on at sample "
+                f"The checkpoint was made on other training data or batches: {then_and_now}. The run goes on at sample "
                 f"{state['samples']} of the data that it has now.",
                 stacklevel=2,
             )
-        if self.progress is not None:
-            self.progress.convert(state["accumulate_grad_batches"])
-        self.position = Position(state["samples"], tuple(state["windows"].get(name, 0) for name in self.parts))
+        old = 0 if self.progress is None else self.progress.batches_into_step(accumulated)
+        inside = state.get("batches_into_step", old)
+        same_step = "batches_into_step" in state and accumulated == self._stream.accumulate
+        goes_on = inside > 0 and same_step and "batch_size" not in changed
+        if inside:
+            warnings.warn(
+                f"The checkpoint was made inside an optimizer step: {inside} of its {accumulated} accumulated batches "
+                "were done, and their gradients are not in it. "
+                + ("The first step of this run misses them." if goes_on else "This run begins with a whole step."),
+                stacklevel=2,
+            )
+        if self.progress is not None and not goes_on:
+            self.progress.begin_step(accumulated)
+        windows = tuple(state["windows"].get(name, 0) for name in self.parts)
+        self.go_to(Position(state["samples"], windows), inside if goes_on else 0)
 
 
 class HeldOutBatches(Dataset[Batch]):

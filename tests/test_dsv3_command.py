@@ -80,6 +80,37 @@ def test_the_drawn_curves_reach_both_sides_of_a_jump(tmp_path: Path, monkeypatch
     assert tokens[at + 1] - tokens[at] < 1e-9
 
 
+def drawn_panels(words: list[str], file: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list, list]]:
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[list, list]] = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: drawn.append((x, y)))
+    assert dsv3.main(["config", *words, "--plot", str(file)]) == 0
+    return drawn
+
+
+def test_the_batch_size_is_drawn_as_the_steps_have_it_with_the_ramp_large_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model=671b", "train=report"]
+    panels = drawn_panels(words, tmp_path / "a.png", monkeypatch)
+    assert len(panels) == 2 * 4
+    assert "243,761 optimizer steps of 3,072 to 15,360 sequences x 4,096 tokens" in capsys.readouterr().out
+    sizes = load_run_config(words).train.batch_sizes
+    (tokens, values), (whole_run, _) = panels[-2:]
+    assert whole_run[-1] == 14.8e12
+    assert 469e9 < tokens[-1] < 600e9
+    assert sorted(set(values)) == list(range(3072, 15361, 768))
+    # The size of the step whose tokens are the last that were seen.
+    steps = [max(0, sizes.num_steps(int(-(-point // 4096))) - 1) for point in tokens[::50]]
+    assert values[::50] == [len(sizes.samples(step)) for step in steps]
+
+
+def test_without_an_early_change_only_the_whole_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train.schedule.learning_rate=[{until: 10, value: 1.0}]", "balance_args.aux_free.update_rate=0.1"]
+    assert len(drawn_panels(words, tmp_path / "a.png", monkeypatch)) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

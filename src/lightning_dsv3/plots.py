@@ -85,7 +85,7 @@ def plot_max_violation(history: History, path: Path) -> None:
 
 
 def plot_schedules(schedules: Mapping[str, Schedule], total_tokens: int, path: Path) -> None:
-    """Draw schedules over a run's tokens, one panel each.
+    """Draw schedules over a run's tokens, one panel each; what happens in its first tenth is drawn large beside it.
 
     Args:
         schedules: What follows the tokens, by the name of its axis.
@@ -93,22 +93,51 @@ def plot_schedules(schedules: Mapping[str, Schedule], total_tokens: int, path: P
         path: PNG to write.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(8, 1.9 * len(schedules)), layout="constrained")
-    all_axes = figure.subplots(len(schedules), 1, sharex=True, squeeze=False)[:, 0]
-    for (name, schedule), axes in zip(schedules.items(), all_axes, strict=True):
-        # Between marks a fine grid; at a mark the value on both sides, so that a jump is drawn as one.
-        points = {total_tokens * index / 1000 for index in range(1001)}
-        points |= {end for mark in schedule.marks for end in (mark.until, math.nextafter(mark.until, math.inf))}
-        tokens = sorted(point for point in points if point <= total_tokens)
-        axes.plot(tokens, [schedule(point) for point in tokens])
-        axes.set_ylabel(name, fontsize=8)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(0, total_tokens)
-        axes.grid(alpha=0.3)
-    all_axes[-1].set_xlabel("tokens seen")
+    bends = [end for schedule in schedules.values() for end in _bends(schedule)]
+    early = max((end for end in bends if end < 0.1 * total_tokens), default=None)
+    columns = {"the whole run": float(total_tokens)}
+    if early is not None:
+        columns = {"the beginning": 1.15 * early, **columns}
+    figure = Figure(figsize=(3 + 5 * len(columns), 1.9 * len(schedules)), layout="constrained")
+    all_axes = figure.subplots(
+        len(schedules), len(columns), sharex="col", sharey="row", squeeze=False, width_ratios=[2, 3][-len(columns) :]
+    )
+    for row, (name, schedule) in zip(all_axes, schedules.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        for axes, last in zip(row, columns.values(), strict=True):
+            axes.plot(*_curve(schedule, last))
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(0, last)
+            axes.grid(alpha=0.3)
+    for axes, title in zip(all_axes[0], columns, strict=True):
+        axes.set_title(title, fontsize=10)
+    for axes in all_axes[-1]:
+        axes.set_xlabel("tokens seen")
+        # 10e12 tokens are written as in the report, 10T; the engineers' letter for 10**9 is G.
+        axes.xaxis.set_major_formatter(lambda tokens, _: EngFormatter(sep="")(tokens).replace("G", "B"))
+    figure.align_ylabels()
     figure.suptitle("Schedules over tokens", fontsize=11)
     _save(figure, path)
+
+
+def _bends(schedule: Schedule) -> list[float]:
+    """Return the marks at which a schedule is not level on both sides."""
+    return [
+        mark.until
+        for mark in schedule.marks
+        if mark.shape != "constant" or schedule(mark.until) != schedule(math.nextafter(mark.until, math.inf))
+    ]
+
+
+def _curve(schedule: Schedule, last: float) -> tuple[list[float], list[float]]:
+    """Return tokens up to ``last`` and the schedule there."""
+    # Between marks a fine grid; at a mark the value on both sides, so that a jump is drawn as one.
+    points = {last * index / 1000 for index in range(1001)}
+    points |= {end for mark in schedule.marks for end in (mark.until, math.nextafter(mark.until, math.inf))}
+    tokens = sorted(point for point in points if point <= last)
+    return tokens, [schedule(point) for point in tokens]
 
 
 def plot_expert_load(loads: Mapping[str, Any], path: Path) -> None:

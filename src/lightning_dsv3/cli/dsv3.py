@@ -213,10 +213,12 @@ def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentPar
 
 def _summary(run: RunConfig) -> list[str]:
     count, train = run.model.num_parameters(), run.train
+    first, last = f"{train.batch_sizes.samples(0).stop:,}", f"{train.batch_size:,}"
+    sequences = last if first == last else f"{first} to {last}"
     return [
         f"{count.total:,} parameters, {count.activated:,} activated per token, {count.mtp:,} in MTP modules",
         f"{train.total_tokens:,} tokens in {train.max_steps:,} optimizer steps of "
-        f"{train.batch_size:,} sequences x {train.sequence_length:,} tokens",
+        f"{sequences} sequences x {train.sequence_length:,} tokens",
     ]
 
 
@@ -235,7 +237,7 @@ def _plot(run: RunConfig, path: Path) -> None:
                 "learning rate": scheduled("learning_rate"),
                 "MTP weight": scheduled("mtp_loss_weight"),
                 "bias rate": scheduled("bias_update_rate") if rate is None else Schedule.constant(rate),
-                "batch size (sequences)": Schedule.constant(run.train.batch_size),
+                "batch size (sequences)": scheduled("batch_size"),
             },
             run.train.total_tokens,
             path,

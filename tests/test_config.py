@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dsv3.config import (
+    BatchRamp,
     ConfigError,
     DeepSeekV3Config,
     RunConfig,
@@ -107,6 +108,13 @@ def test_all_problems_are_named_at_once() -> None:
         ("train.schedule.learning_rate=[{until: 5, value: 1, shape: bent}]", ["bent", "cosine"]),
         ("train.compile=block", ["train.compile='block'", "blocks"]),
         ("train.activation_checkpointing=all", ["activation_checkpointing='all'", "keep_routing"]),
+        ("train.schedule.batch_ramp={start: 0, until: 9, increment: 1}", ["batch_ramp.start=0", "1 or more"]),
+        ("train.schedule.batch_ramp={start: 1, until: 9, increment: 0}", ["batch_ramp.increment=0", "1 or more"]),
+        ("train.schedule.batch_ramp={start: 1, until: 0, increment: 1}", ["batch_ramp.until=0.0", "batch_ramp=null"]),
+        ("train.schedule.batch_ramp={start: 9, until: 9, increment: 1}", ["batch_ramp.start=9", "train.batch_size=8"]),
+        ("train.schedule.batch_ramp={strat: 1}", ["batch_ramp.strat", "did you mean 'start'"]),
+        ("train.schedule.batch_ramp.start=2", ["train.schedule.batch_ramp.until", "not given"]),
+        ("train.schedule.batch_ramp=3", ["train.schedule.batch_ramp=3", "int"]),
         ("balance=[aux_fre]", ["aux_fre", "did you mean 'aux_free'"]),
         ("balance_args.sequence.alpha=-1", ["alpha=-1"]),
         ("data.weights={english: -1}", ["data.weights"]),
@@ -167,6 +175,20 @@ def test_reports_schedule_has_its_marks_and_scales_to_a_short_run() -> None:
     short = load_run_config(["train=report", "model.max_position_embeddings=4096", "train.total_tokens=14800000"]).train
     assert short.scheduled("mtp_loss_weight")(10_000_001) == 0.1
     assert short.scheduled("learning_rate")(14_800_000) == 7.3e-6
+
+
+def test_a_batch_ramp_is_set_changed_and_taken_away(tmp_path: Path) -> None:
+    word = "train.schedule.batch_ramp={start: 2, until: 7.4e+12, increment: 3}"
+    ramp = load_run_config([word]).train.schedule.batch_ramp
+    assert ramp == BatchRamp(start=2, until=7.4e12, increment=3)
+    changed = load_run_config([word, "train.schedule.batch_ramp.start=4", "train.total_tokens=2000"])
+    assert changed.train.schedule.batch_ramp == BatchRamp(start=4, until=7.4e12, increment=3)
+    assert changed.train.batch_sizes.ramp.until == pytest.approx(1000)
+    (tmp_path / "config.yaml").write_text(changed.to_yaml())
+    assert load_run_config([f"resume={tmp_path}"]).train == changed.train
+    for words in ([word], ["train=report", "model=671b"], [f"resume={tmp_path}"]):
+        assert load_run_config([*words, "train.schedule.batch_ramp=null"]).train.schedule.batch_ramp is None
+    assert load_run_config().train.schedule.batch_ramp is None
 
 
 @given(st.integers(1, 10**9), st.integers(1, 512), st.integers(1, 64))

@@ -111,6 +111,19 @@ def test_resume_continues_the_curve_bit_for_bit(
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def test_the_batch_rises_and_the_run_ends_where_its_tokens_are_reached(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    # 500 tokens of ramp, 16 sequences: four steps of 2, three of 3, then steps of 4 up to 1,000 tokens.
+    ramp = "train.schedule.batch_ramp={start: 2, until: 7.4e+12, increment: 1}"
+    run, _ = train(tmp_path, environment, "train.total_tokens=1000", ramp)
+    sequences = [2] * 4 + [3] * 3 + [4] * 4
+    seen = [float(row["train/tokens"]) for row in rows(run) if row["train/tokens"]]
+    assert seen == [32 * sum(sequences[: step + 1]) for step in range(11)]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (11, 1056)
+
+
 def test_two_processes_have_the_biases_and_curve_of_one(
     whole_run: tuple[Path, str], tmp_path: Path, environment: dict[str, str]
 ) -> None:

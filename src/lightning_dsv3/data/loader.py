@@ -156,9 +156,10 @@ class FitProgress:
 
     def batches_into_step(self, accumulated: int) -> int:
         """Return how many of ``accumulated`` micro-batches per step are done of the optimizer step at hand."""
-        done = int(self._batch_progress.current.processed)
-        # Lightning steps the optimizer at an epoch's last batch, however many there were.
-        return 0 if done >= self.trainer.num_training_batches else done % accumulated
+        done, limit = int(self._batch_progress.current.processed), self.trainer.limit_train_batches
+        # Lightning steps the optimizer at an epoch's last batch, however many there were. The stream has no end, so
+        # an epoch has one only by a limit in batches.
+        return 0 if isinstance(limit, int) and done >= limit else done % accumulated
 
     def begin_step(self, accumulated: int) -> None:
         """Restate Lightning's counts of a run that accumulated ``accumulated`` batches, in this run's and whole steps.

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_dsv3.config import ConfigError, SourceConfig, load_run_config
 from lightning_dsv3.data import DeepSeekV3DataModule
+from lightning_dsv3.data.files import cache_folder
 from lightning_dsv3.data.text_sources import configured_sources
 
 TEXTS = [f"document {n} 滚滚长江东逝水" + " and on" * (n % 7) for n in range(30)]
@@ -21,7 +22,7 @@ def jsonl(texts, field="text"):
 
 def read(path, kind="jsonl", **arguments):
     config = SourceConfig(domain="en", kind=kind, path=str(path), **arguments)
-    ((source, _),) = configured_sources([config])
+    ((source, _),) = configured_sources([config], cache_folder())
     return [document.text for document in source.read()]
 
 
@@ -68,7 +69,7 @@ class TestReading:
     def test_the_fingerprint_is_the_content(self, tmp_path):
         def fingerprint():
             config = SourceConfig(domain="en", kind="jsonl", path=str(tmp_path / "a.jsonl"))
-            return configured_sources([config])[0][0].fingerprint
+            return configured_sources([config], tmp_path)[0][0].fingerprint
 
         (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
         before = fingerprint()
@@ -315,4 +316,4 @@ class TestConfiguration:
         (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
         source = SourceConfig(domain="en", kind="jsonl", path=str(tmp_path / "a.jsonl"))
         with pytest.raises(ConfigError, match=r"data\.sources\[1\].*twice"):
-            configured_sources([source, source])
+            configured_sources([source, source], tmp_path / "cache")

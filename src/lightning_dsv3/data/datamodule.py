@@ -262,7 +262,7 @@ class PackedText(_Base):
         missing: list[MissingSource] = []
         weights: dict[str, float] = {}
         if self.config.sources:
-            configured = configured_sources(self.config.sources, offline=offline)
+            configured = configured_sources(self.config.sources, cache_dir, offline=offline)
             sources: list[Source] = [source for source, _ in configured]
             weights = {source.name: weight for source, weight in configured}
         elif self._given is not None:

@@ -8,8 +8,9 @@
 ``path`` of the first three is a file, a folder (all that is in it) or a pattern with ``*``, from the working directory.
 
 Documents are read once, in order, into the token cache. The cache's key is the hash of the files' content, so a file
-that changed is tokenised again and one that did not is not. A data set of the hub is known by what the configuration
-says of it: the hub is not asked again while the tokens are there, and ``revision`` pins what is fetched.
+that changed is tokenised again and one that did not is not, nor is it read again to know that (``file_digests.py``). A
+data set of the hub is known by what the configuration says of it: the hub is not asked again while the tokens are
+there, and ``revision`` pins what is fetched.
 
 A record that cannot be read ends the preparation with one error that names source, file, record and field: a source
 that somebody asked for is not left out in silence. Blank texts are not documents and are passed over.
@@ -36,9 +37,10 @@ from typing import Any, BinaryIO
 
 from lightning_dsv3.config import ConfigError, SourceConfig, did_you_mean
 from lightning_dsv3.data.corpus import Document, Source
+from lightning_dsv3.data.file_digests import FileDigests
 
 # Part of every cache key: raise it when other documents are made of the same bytes.
-_VERSION = 1
+_VERSION = 2
 _BLOCK = 1 << 20
 _ENDINGS: Mapping[str, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
@@ -59,11 +61,14 @@ class _Place:
         return ": ".join(filter(None, [self.source, self.file, f"record {self.record}" if self.record else ""]))
 
 
-def configured_sources(configs: Sequence[SourceConfig], *, offline: bool = False) -> list[tuple[Source, float]]:
+def configured_sources(
+    configs: Sequence[SourceConfig], cache_dir: Path, *, offline: bool = False
+) -> list[tuple[Source, float]]:
     """Look up the sources that a configuration names; nothing is read but what identifies their content.
 
     Args:
         configs: The value of ``data.sources``.
+        cache_dir: Digests of the files are kept in its folder ``digests``.
         offline: Fetch nothing from the hub.
 
     Returns:
@@ -76,14 +81,14 @@ def configured_sources(configs: Sequence[SourceConfig], *, offline: bool = False
     for index, config in enumerate(configs):
         if config.weight == 0:
             continue
-        source = _source(config, _Place(f"data.sources[{index}]"), offline)
+        source = _source(config, _Place(f"data.sources[{index}]"), cache_dir / "digests", offline)
         if source.name in sources:
             raise ConfigError(f"data.sources[{index}]: {config.path} is there twice; add the weights up in one entry")
         sources[source.name] = (source, config.weight)
     return list(sources.values())
 
 
-def _source(config: SourceConfig, place: _Place, offline: bool) -> Source:
+def _source(config: SourceConfig, place: _Place, digests: Path, offline: bool) -> Source:
     if config.kind == "hf":
         files = _files(config.path, ("",), place) if Path(config.path).exists() else []
         read = _hub_reader(config, place, offline=offline and not files)
@@ -96,14 +101,21 @@ def _source(config: SourceConfig, place: _Place, offline: bool) -> Source:
         choice.append(config.path)
     slug = re.sub(r"[^\w.-]+", "-", config.path).strip("-.")[-40:]
     words = json.dumps([config.domain, config.path, *choice])
+    # The same files read in another way have the same digests.
+    where = json.dumps([config.kind, str(Path(config.path).expanduser().absolute())])
+    index = FileDigests(digests / f"{config.kind}-{slug}-{_short_hash(where)}.json")
     return Source(
-        name=f"{config.kind}-{slug}-{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}",
+        name=f"{config.kind}-{slug}-{_short_hash(words)}",
         domain=config.domain,
         licence="the user's own" if config.kind != "hf" else "see the data set's card",
         text_bytes=sum(path.stat().st_size for path in files),
-        fingerprint=_fingerprint([_VERSION, *choice], files, place),
+        fingerprint=_fingerprint([_VERSION, *choice], files, index, place),
         read=lambda: _documents(read, config, place),
     )
+
+
+def _short_hash(words: str) -> str:
+    return hashlib.blake2b(words.encode(), digest_size=4).hexdigest()
 
 
 def _documents(
@@ -152,15 +164,12 @@ def _files(path: str, endings: tuple[str, ...], place: _Place) -> list[Path]:
     return files
 
 
-def _fingerprint(choice: Sequence[object], files: Sequence[Path], place: _Place) -> str:
+def _fingerprint(choice: Sequence[object], files: Sequence[Path], digests: FileDigests, place: _Place) -> str:
     total = hashlib.blake2b(json.dumps(choice).encode(), digest_size=16)
     for path in files:
-        with _explained(_Place(place.source, str(path))), path.open("rb") as file:
-            size = 0
-            while block := file.read(_BLOCK):
-                total.update(block)
-                size += len(block)
-            total.update(f"\0{size}\0".encode())
+        with _explained(_Place(place.source, str(path))):
+            total.update(digests.digest(path).encode())
+    digests.save()
     return total.hexdigest()
 
 

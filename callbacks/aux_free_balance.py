@@ -20,7 +20,9 @@ from lightning_dsv3.balance import (
     OptimizerStepWatcher,
     RouterAdapter,
     RouterObserver,
+    averaged_copies,
     claim_bias,
+    copy_biases,
     data_parallel_group,
     find_routers,
     max_violations,
@@ -57,6 +59,10 @@ class AuxFreeBalanceCallback(Callback):
     A checkpoint holds the tokens seen, and within an accumulation window its counts so far (the sum over
     ranks; after a resume they are with the first rank). Training resumes bit for bit where Lightning does, at
     optimizer steps.
+
+    Averaged weights (Lightning's ``WeightAveraging`` and ``EMAWeightAveraging``) go together with the bias as it is,
+    not with an average of it: in validation, in checkpoints and after training, whatever the callbacks' order.
+    ``StochasticWeightAveraging`` averages parameters alone and so leaves the bias as it is by itself.
 
     It is found by name in one Trainer's checkpoints, works under ``lightning.pytorch.Trainer`` and, passed in
     a list, under ``pytorch_lightning.Trainer``, and may be used with several models one after the other.
@@ -185,6 +191,22 @@ class AuxFreeBalanceCallback(Callback):
             self._move_biases(counts, stepped)
         self._log_violation(trainer, pl_module, counts)
 
+    # A copy's bias is read where its weights take the live ones' place (before a validation epoch, at the end of
+    # training) and where it is saved. Averaging writes it after a batch and after an epoch. With the hooks below one of
+    # this callback's lies between a writing and a reading that follows it, whichever of the two callbacks comes first.
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give averaged copies of the model the bias."""
+        self._update_averaged_copies(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give averaged copies of the model the bias."""
+        self._update_averaged_copies(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give averaged copies of the model the bias."""
+        self._update_averaged_copies(trainer)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -193,6 +215,8 @@ class AuxFreeBalanceCallback(Callback):
         This hook and not ``state_dict``, because Lightning would meet a second owner of the bias with an
         error about state keys before this class can say what is wrong.
         """
+        # A copy that the checkpoint has already is there by reference (`Module.state_dict`), and gets the bias as well.
+        self._update_averaged_copies(trainer)
         window = {}
         if self._window is not None:
             # Windows are open on all ranks or on none, and Lightning saves on all, so the collective is safe.
@@ -259,6 +283,12 @@ class AuxFreeBalanceCallback(Callback):
             # Only the device knows whether a fused optimizer has stepped; a rate of 0 leaves the bias as it is.
             rate = stepped.to(torch.float32) * rate
         update_biases(self._routers, counts, rate)
+
+    def _update_averaged_copies(self, trainer: pl.Trainer) -> None:
+        # Also after an exception, when the model is no longer this callback's: a checkpoint may yet be saved.
+        if not self.dry_run and trainer.state.fn == "fit":
+            for copy in averaged_copies(trainer.callbacks):  # type: ignore[attr-defined]
+                copy_biases(self._routers, copy, self._adapters)
 
     def _log_violation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: list[Tensor]) -> None:
         # A call of `log` takes the host longer than the update of all biases, so only what will be read is

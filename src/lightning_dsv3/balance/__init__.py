@@ -8,6 +8,7 @@ and the ownership functions make sure that one thing alone moves a bias.
 from __future__ import annotations
 
 from lightning_dsv3.balance.adapter import NATIVE_ADAPTERS, DeepSeekV3RouterAdapter, RouterAdapter
+from lightning_dsv3.balance.averaging import averaged_copies, copy_biases
 from lightning_dsv3.balance.biases import require_float32_bias, update_biases
 from lightning_dsv3.balance.discovery import ObservedRouter, find_routers, no_router_message
 from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
@@ -23,8 +24,10 @@ __all__ = [
     "OptimizerStepWatcher",
     "RouterAdapter",
     "RouterObserver",
+    "averaged_copies",
     "bias_owner",
     "claim_bias",
+    "copy_biases",
     "data_parallel_group",
     "expert_loads",
     "find_routers",

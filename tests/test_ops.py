@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_dsv3.ops.attention import causal_attention
+from lightning_dsv3.ops.attention import causal_attention, latent_heads
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, count_targets, linear_cross_entropy, shifted_targets
 from lightning_dsv3.ops.dispatch import (
     combine,
@@ -22,7 +22,8 @@ from lightning_dsv3.ops.dispatch import (
     permute,
     plan_dispatch,
 )
-from lightning_dsv3.ops.rope import apply_rope, rope_table, softmax_scale
+from lightning_dsv3.ops.norm import rms_norm
+from lightning_dsv3.ops.rope import apply_rope, rope_table, softmax_scale, unapply_rope
 from lightning_dsv3.ops.routing import affinity, choose_experts, gate_values
 
 
@@ -159,21 +160,59 @@ def test_grouped_operators_are_registered_right(op: torch._library.custom_ops.Cu
     torch.library.opcheck(op, (a, second, torch.tensor([2, 6], dtype=torch.int32)))
 
 
-@pytest.mark.parametrize(("qk", "v"), [(12, 8), (8, 12), (8, 8)])
-def test_attention_with_unequal_widths_equals_the_plain_form(qk: int, v: int) -> None:
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 17, size, dtype=torch.float64) for size in (qk, qk, v)]
+@pytest.mark.parametrize(("nope", "rope", "v"), [(8, 4, 8), (4, 4, 12), (6, 2, 8), (0, 4, 3)])
+def test_attention_of_latent_heads_equals_the_plain_form(nope: int, rope: int, v: int) -> None:
+    """Report, eq. 3-10, with every gradient; widths that torch's kernel takes and widths that it does not."""
+    batch, length, heads = 2, 17, 3
+    inputs = [
+        torch.randn(batch, length, heads, nope + rope, dtype=torch.float64),
+        torch.randn(batch, length, heads, nope + v, dtype=torch.float64),
+        torch.randn(batch, length, rope, dtype=torch.float64),
+    ]
+    cos, sin = rope_table(torch.arange(length), dim=rope, theta=100.0)
     fast = [t.float().requires_grad_() for t in inputs]
-    plain = [t.requires_grad_() for t in inputs]
-    out = causal_attention(*fast, scale=0.3)
-    scores = (plain[0] @ plain[1].mT) * 0.3
-    scores = scores.masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), float("-inf"))
-    expected = scores.softmax(-1) @ plain[2]
+    out = causal_attention(latent_heads(*fast, cos, sin, v_head_dim=v), scale=0.3, v_head_dim=v)
+    q, kv, k_rope = plain = [t.requires_grad_() for t in inputs]
+    turned = torch.polar(torch.ones_like(cos).double(), torch.atan2(sin, cos).double())
+    q_rope = torch.view_as_real(_pairs(q[..., nope:]) * turned[:, None]).flatten(-2)
+    k_rope = torch.view_as_real(_pairs(k_rope) * turned).flatten(-2)
+    scores = torch.einsum("bshn,bthn->bhst", q[..., :nope], kv[..., :nope])
+    scores = (scores + torch.einsum("bshr,btr->bhst", q_rope, k_rope)) * 0.3
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    expected = torch.einsum("bhst,bthv->bhsv", scores.softmax(-1), kv[..., nope:])
     out.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(fast, plain, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_equals_torchs_with_gradients(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, weight, grad = torch.randn(3, 5, 24).to(dtype), torch.rand(24).to(weight_dtype), torch.randn(3, 5, 24).to(dtype)
+    mine = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    y = rms_norm(*mine, 1e-5)
+    expected = F.rms_norm(theirs[0], (24,), theirs[1], 1e-5)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert (y.dtype, mine[1].grad.dtype) == (dtype, weight_dtype)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mine[0].grad.double(), theirs[0].grad, rtol=tolerance, atol=2 * tolerance)
+    tolerance = max(tolerance, 1e-2 if weight_dtype == torch.bfloat16 else 0)
+    torch.testing.assert_close(mine[1].grad.double(), theirs[1].grad, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_turning_back_undoes_the_turn() -> None:
+    x = torch.randn(2, 9, 3, 6)
+    cos, sin = rope_table(torch.arange(9), dim=6, theta=100.0)
+    torch.testing.assert_close(unapply_rope(apply_rope(x, cos, sin), cos, sin), x)
 
 
 def test_rope_turns_neighbouring_pairs_as_complex_numbers() -> None:
@@ -244,6 +283,15 @@ def test_linear_cross_entropy_of_no_target_is_zero_with_zero_gradient() -> None:
     loss.backward()
     assert loss == 0
     assert torch.equal(hidden.grad, torch.zeros(3, 4))
+
+
+def test_linear_cross_entropy_of_a_target_with_probability_zero_is_finite() -> None:
+    """exp(-200) is 0 in float32; the loss is still 200, as is torch's own."""
+    hidden, weight = torch.tensor([[100.0], [-100.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
+    loss, token_losses = linear_cross_entropy(hidden, weight, torch.tensor([1, 1]))
+    assert token_losses.tolist() == [200.0, 0.0]
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[1.0], [0.0]]))
 
 
 def test_linear_cross_entropy_divides_by_the_given_denominator() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_dsv3.layers.feed_forward import swiglu
-from lightning_dsv3.ops.dispatch import combine, grouped_matmul, permute, plan_dispatch
+from lightning_dsv3.ops.dispatch import plan_dispatch
+from lightning_dsv3.ops.experts import routed_experts
 
 
 class Experts(nn.Module):
@@ -40,9 +40,4 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_TD.device.type):  # our operator is on no autocast list
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
-        plan = plan_dispatch(expert_TK, self.num_experts)
-        h_NF = swiglu(grouped_matmul(permute(x_TD, plan), gate_up, plan.ends_E))
-        # Scaling before the linear `down` equals scaling after it, on F instead of D values.
-        gate_N = gate_TK.flatten().index_select(0, plan.slot_pair_N)
-        h_NF = h_NF * gate_N.unsqueeze(-1).to(h_NF.dtype)
-        return combine(grouped_matmul(h_NF, down, plan.ends_E), plan, x_TD.shape[0])
+        return routed_experts(x_TD, gate_TK, plan_dispatch(expert_TK, self.num_experts), gate_up, down)

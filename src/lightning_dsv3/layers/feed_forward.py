@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return ``silu(gate) * up`` for gate and up side by side in the last dimension: ``[..., 2F]`` to ``[..., F]``."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+from lightning_dsv3.ops.swiglu import swiglu
 
 
 class FeedForward(nn.Module):

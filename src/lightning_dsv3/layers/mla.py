@@ -11,13 +11,12 @@ Shapes: B batch, S sequence, D model, H heads, Q = nope + rope query and key wid
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.norm import RMSNorm
-from lightning_dsv3.ops.attention import causal_attention
-from lightning_dsv3.ops.rope import apply_rope, softmax_scale
+from lightning_dsv3.ops.attention import causal_attention, latent_heads
+from lightning_dsv3.ops.rope import softmax_scale
 
 # DeepSeek's code and Hugging Face's use this epsilon for the latents whatever rms_norm_eps says (Moonlight: 1e-5).
 _LATENT_EPS = 1e-6
@@ -64,17 +63,9 @@ class MultiHeadLatentAttention(nn.Module):
         Returns:
             ``[B, S, D]``.
         """
-        nope, rope = self.qk_nope_head_dim, self.qk_rope_head_dim
-        q_BSHQ = self.q(x_BSD).unflatten(-1, (self.num_heads, nope + rope))
-        q_nope, q_rope = q_BSHQ.split([nope, rope], dim=-1)
-        latent, k_rope = self.kv_down(x_BSD).split([self.kv_lora_rank, rope], dim=-1)
-        kv_BSH = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.num_heads, nope + self.v_head_dim))
-        k_nope, v_BSHV = kv_BSH.split([nope, self.v_head_dim], dim=-1)
-
-        q_BSHQ = torch.cat([q_nope, apply_rope(q_rope, cos, sin)], dim=-1)
-        k_rope = apply_rope(k_rope, cos, sin).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        k_BSHQ = torch.cat([k_nope, k_rope], dim=-1)
-        out_BHSV = causal_attention(
-            q_BSHQ.transpose(1, 2), k_BSHQ.transpose(1, 2), v_BSHV.transpose(1, 2), scale=self.scale
-        )
+        q_BSHQ = self.q(x_BSD).unflatten(-1, (self.num_heads, self.qk_nope_head_dim + self.qk_rope_head_dim))
+        latent, k_rope_BSR = self.kv_down(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_BSHU = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.num_heads, -1))
+        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim=self.v_head_dim)
+        out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=self.v_head_dim)
         return self.output(out_BHSV.transpose(1, 2).flatten(-2))

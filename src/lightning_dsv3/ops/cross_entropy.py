@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = 1 << 22  # logits alive at once, float32: 16 MB, which fits a CPU's last-level cache
+_CHUNK_ELEMENTS = 1 << 21  # logits alive at once, float32: 8 MB, which fits a CPU's last-level cache
 
 
 class HeadLoss(NamedTuple):
@@ -64,31 +63,38 @@ def count_targets(targets_N: Tensor) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, denominator, needs_grad):  # type: ignore[no-untyped-def]
-        rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
-        token_losses = torch.empty(hidden_ND.shape[0], dtype=_accumulation_dtype(hidden_ND), device=hidden_ND.device)
+        num_rows, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
+        columns = min(num_rows, max(1, _CHUNK_ELEMENTS // vocab_size))
+        wide = _accumulation_dtype(hidden_ND)
+        token_losses = torch.empty(num_rows, dtype=wide, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
         # float32 even for a bfloat16 head: a sum of many chunks in bfloat16 loses the small ones.
-        grad_weight = torch.zeros_like(weight_VD, dtype=token_losses.dtype) if needs_grad else None
-        for start in range(0, hidden_ND.shape[0], rows):
-            part = slice(start, start + rows)
-            hidden, targets = hidden_ND[part], targets_N[part]
-            log_p = F.log_softmax((hidden @ weight_VD.mT).to(token_losses.dtype), dim=-1)
-            ignored = targets == IGNORE_INDEX
-            column = targets.masked_fill(ignored, 0).unsqueeze(-1)
-            token_losses[part] = -log_p.gather(-1, column).squeeze(-1).masked_fill_(ignored, 0.0)
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else None
+        # One piece of memory for every chunk: fresh memory of this size costs more than the softmax in it.
+        memory = torch.empty(vocab_size * columns, dtype=wide, device=hidden_ND.device)
+        for start in range(0, num_rows, columns):
+            hidden, targets_n = hidden_ND[start : start + columns], targets_N[start : start + columns]
+            part = slice(start, start + hidden.shape[0])
+            # Tokens are columns: this way round the product reads both operands along their rows.
+            z_Vn = _product(memory[: vocab_size * hidden.shape[0]].view(vocab_size, -1), weight_VD, hidden.mT)
+            ignored = targets_n == IGNORE_INDEX
+            row = targets_n.masked_fill(ignored, 0).unsqueeze(0)
+            target_z, largest_z = z_Vn.gather(0, row).squeeze(0), z_Vn.amax(dim=0)
+            p_Vn = torch.softmax(z_Vn, 0, out=z_Vn)
+            # logsumexp(z) = max z - log max p, and max p is never below 1/V: no target's p, which may be 0, is needed.
+            token_losses[part] = (largest_z - p_Vn.amax(dim=0).log() - target_z).masked_fill_(ignored, 0.0)
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad_logits = log_p.exp_()  # softmax, in the same memory; minus 1 at the target
-            grad_logits.scatter_add_(-1, column, torch.full_like(column, -1.0, dtype=log_p.dtype))
-            grad_logits = grad_logits.to(hidden.dtype)
-            # A row's factor goes to its D hidden values, which are fewer than its V logits.
-            factor = (~ignored).to(log_p.dtype).div_(denominator).unsqueeze(-1)
-            grad_hidden[part] = (grad_logits @ weight_VD) * factor  # promotes to float32, then rounds once
-            scaled = (hidden * factor).to(hidden.dtype)
-            if scaled.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad_logits.mT, scaled)
+            p_Vn.scatter_add_(0, row, torch.full_like(row, -1.0, dtype=wide))
+            grad_z = p_Vn.to(hidden.dtype)
+            # A token's factor goes to its D hidden values, which are fewer than its V logits.
+            factor_n1 = (~ignored).to(wide).div_(denominator).unsqueeze(-1)
+            grad_hidden[part] = (grad_z.mT @ weight_VD) * factor_n1  # promotes to float32, then rounds once
+            scaled = (hidden * factor_n1).to(hidden.dtype)
+            if scaled.dtype == wide:
+                grad_weight.addmm_(grad_z, scaled)
             else:
-                grad_weight += grad_logits.mT @ scaled
+                grad_weight += grad_z @ scaled
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(token_losses)
@@ -99,6 +105,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``, written into ``out``, which may have a wider dtype."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    return out.copy_(a @ b)
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -52,10 +52,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Like ``x``, each pair's first parts in the first half of the last dimension.
     """
-    for _ in range(x.dim() - 3):  # heads stand between the sequence and the width
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    cos, sin = _beside_heads(cos, x), _beside_heads(sin, x)
     a, b = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def unapply_rope(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn back and interleave again: the transpose of :func:`apply_rope`, and so its gradient.
+
+    Args:
+        y: ``[B, S, ..., dim]`` in the order that :func:`apply_rope` returns.
+        cos: As there.
+        sin: As there.
+
+    Returns:
+        Like ``y``, pairs interleaved.
+    """
+    cos, sin = _beside_heads(cos, y), _beside_heads(sin, y)
+    a, b = y.float().chunk(2, dim=-1)
+    return torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2).to(y.dtype)
+
+
+def _beside_heads(table: Tensor, x: Tensor) -> Tensor:
+    """Give a table ``[..., S, dim / 2]`` the dimensions that ``x`` has between the sequence and the width."""
+    for _ in range(x.dim() - 3):
+        table = table.unsqueeze(-2)
+    return table
 
 
 def softmax_scale(qk_head_dim: int, scaling: Mapping[str, Any] | None = None) -> float:

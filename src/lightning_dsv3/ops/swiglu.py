@@ -1,0 +1,12 @@
+"""The gated activation of every feed-forward network here."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` for gate and up side by side in the last dimension: ``[..., 2F]`` to ``[..., F]``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

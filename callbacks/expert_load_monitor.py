@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_dsv3.balance import (
@@ -24,6 +26,7 @@ from lightning_dsv3.balance import (
     no_router_message,
     save_loads,
 )
+from lightning_dsv3.plots import expert_load_figure, figure_pixels, plotting_problem
 
 ALL = "all"
 """Domain of rows that say nothing about theirs."""
@@ -38,7 +41,8 @@ class ExpertLoadMonitor(Callback):
     out.
 
     After each validation it logs ``val/moe/<layer>/max_violation``, the MaxVio of the whole validation set
-    (MaxVio_global of arXiv 2408.15664), and ``val/moe/max_violation``, their mean. Loads are kept of the
+    (MaxVio_global of arXiv 2408.15664), and ``val/moe/max_violation``, their mean. Loggers that take images
+    (TensorBoard, W&B) get the loads as a figure, ``val/expert_load``. Loads are kept of the
     first validation and of the last, also over a resume, in the form of the load file::
 
         {"format": 1, "layers": [name], "domains": [name],
@@ -66,6 +70,7 @@ class ExpertLoadMonitor(Callback):
         self._adapters = (*(routers or ()), *NATIVE_ADAPTERS)
         self._given_domains = domains
         self._domains: list[str] = []
+        self._said_why_no_figure = False
         self._observer = RouterObserver([], training=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -147,6 +152,8 @@ class ExpertLoadMonitor(Callback):
         for name, violation in zip(names, violation_L.unbind(), strict=True):
             if name in self.loads["layers"]:
                 pl_module.log(f"val/moe/{name}/max_violation", violation, sync_dist=True)
+        if trainer.is_global_zero and self.loads["layers"]:
+            self._log_figure(trainer, self.loads)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
@@ -167,6 +174,18 @@ class ExpertLoadMonitor(Callback):
             self._observer = RouterObserver(routers, training=False, num_groups=len(self._domains) + 1)
         self._observer.attach()
 
+    def _log_figure(self, trainer: pl.Trainer, loads: Mapping[str, Any]) -> None:
+        takers = [taker for logger in trainer.loggers if (taker := _image_taker(logger)) is not None]
+        if not takers or self._said_why_no_figure:
+            return
+        if problem := plotting_problem():
+            rank_zero_warn(f"The loggers get no figure of the expert load: {problem}")
+            self._said_why_no_figure = True
+            return
+        pixels = figure_pixels(expert_load_figure(loads))
+        for take in takers:
+            take("val/expert_load", pixels, trainer.global_step)
+
     def _groups(self, batch: Any) -> Tensor:
         """Return the group of each row: its domain, or the last group without one; -1 for padding."""
         content = batch if isinstance(batch, Mapping) else {}
@@ -184,3 +203,14 @@ class ExpertLoadMonitor(Callback):
             is_padding_B = (labels == -100).reshape(len(labels), -1).all(dim=1)
             domain_B = torch.where(is_padding_B, -1, domain_B.to(labels.device))
         return domain_B
+
+
+def _image_taker(logger: Any) -> Callable[[str, Any, int], None] | None:
+    """Return what logs an image ``[height, width, 3]`` under a key at a step, or None where there is no such thing.
+
+    Told by the methods, as ``pytorch_lightning`` has the same loggers as classes of its own.
+    """
+    if hasattr(logger, "log_image"):  # WandbLogger has it
+        return lambda key, pixels, step: logger.log_image(key, [pixels], step)
+    add_image = getattr(getattr(logger, "experiment", None), "add_image", None)  # TensorBoardLogger's
+    return None if add_image is None else partial(add_image, dataformats="HWC")

@@ -4,6 +4,7 @@
         config.yaml  tokenizer.json           what was run; written first
         metrics.csv                           every logged figure
         checkpoints/last.ckpt, step-N.ckpt    resumable
+        tensorboard/  wandb/                  the same figures, where `loggers` asks for it
         loads.json  figures/*.png             expert load by domain; curves
         summary.json                          the closing table
 
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
@@ -83,8 +84,30 @@ class RunFolder(Callback):
         self._trained_tokens = 0
         self._validated_at = -1
 
-    def logger(self) -> CSVLogger:
-        """Return the logger that writes ``metrics.csv`` into the folder. A resumed run's earlier rows are kept."""
+    def loggers(self) -> list[Logger]:
+        """Return the Trainer's loggers: what writes ``metrics.csv``, and beside it what the configuration asks for.
+
+        TensorBoard and W&B write into the folder too. W&B is offline (``wandb sync`` uploads later), unless
+        ``WANDB_MODE`` says otherwise.
+
+        Raises:
+            ConfigError: A logger's package is not installed.
+        """
+        return [self._csv_logger(), *(self._logger(name) for name in self.config.loggers if name != "csv")]
+
+    def _logger(self, name: str) -> Logger:
+        try:
+            if name == "tensorboard":
+                return TensorBoardLogger(self.path, name="tensorboard", version="")
+            mode = os.environ.get("WANDB_MODE", "offline")
+            return WandbLogger(self.path.name, save_dir=self.path, project="lightning-dsv3", mode=mode)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"loggers={self.config.loggers}: {name} is not installed; pip install 'lightning-dsv3[loggers]'"
+            ) from error
+
+    def _csv_logger(self) -> CSVLogger:
+        """Return the logger of ``metrics.csv``, which keeps a resumed run's earlier rows."""
         metrics, backup = self.path / "metrics.csv", self.path / "metrics.before-resume.csv"
         if self.checkpoint is not None and getattr(rank_zero_only, "rank", 0) == 0:
             if metrics.exists() and not backup.exists():

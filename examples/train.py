@@ -42,7 +42,7 @@ def main() -> None:
         "enable_model_summary": False,
     }
     trainer = L.Trainer(
-        logger=run.logger(),
+        logger=run.loggers(),
         callbacks=[
             balance,
             monitor,

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lightning_dsv3.config import Schedule
 
 _INSTALL = "figures need matplotlib: pip install 'lightning-dsv3[plots]'"
@@ -141,11 +144,23 @@ def _curve(schedule: Schedule, last: float) -> tuple[list[float], list[float]]:
 
 
 def plot_expert_load(loads: Mapping[str, Any], path: Path) -> None:
+    """Draw the relative expert load by layer and domain; see :func:`expert_load_figure`.
+
+    Args:
+        loads: ``loads.json``.
+        path: PNG to write.
+    """
+    _save(expert_load_figure(loads), path)
+
+
+def expert_load_figure(loads: Mapping[str, Any]) -> Any:
     """Draw the relative expert load by layer and domain (report, Figure 9): 1 is balanced, darker is busier.
 
     Args:
         loads: ``loads.json``: counts per domain and layer; layers may have different numbers of experts.
-        path: PNG to write.
+
+    Returns:
+        A matplotlib figure.
     """
     from matplotlib.figure import Figure
 
@@ -167,7 +182,16 @@ def plot_expert_load(loads: Mapping[str, Any], path: Path) -> None:
     figure.suptitle("Relative expert load by domain on held-out text (1 = balanced)", fontsize=11)
     if image is not None:
         figure.colorbar(image, ax=list(all_axes), label="load / mean load", extend="max", shrink=0.8)
-    _save(figure, path)
+    return figure
+
+
+def figure_pixels(figure: Any) -> npt.NDArray[np.uint8]:
+    """Return a figure as an image, red, green and blue: uint8 ``[height, width, 3]``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def _figure() -> tuple[Any, Any]:

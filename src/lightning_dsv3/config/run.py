@@ -29,6 +29,7 @@ from lightning_dsv3.config.presets import GROUPS, read_preset, read_yaml
 from lightning_dsv3.config.schedule import Mark, Schedule
 
 BALANCE_METHODS = ("aux_free", "sequence", "batch")
+LOGGERS = ("csv", "tensorboard", "wandb")
 SELECTIONS = ("unbiased", "executed")
 CHECKPOINTING = ("none", "block", "keep_routing")
 COMPILE = ("none", "blocks", "model")
@@ -296,6 +297,7 @@ class RunConfig:
         balance: Any of aux_free, sequence and batch.
         balance_args: Parameters of each of them.
         trainer: Arguments of Lightning's Trainer, as in ``trainer.max_steps=10``.
+        loggers: Any of csv, tensorboard and wandb. ``metrics.csv`` is written in any case.
     """
 
     name: str = "tiny"
@@ -308,11 +310,13 @@ class RunConfig:
     balance: list[str] = field(default_factory=lambda: ["aux_free", "sequence"])
     balance_args: BalanceArgs = field(default_factory=BalanceArgs)
     trainer: dict[str, Any] = field(default_factory=dict)
+    loggers: list[str] = field(default_factory=lambda: ["csv"])
 
     def __post_init__(self) -> None:
-        for method in self.balance:
-            if method not in BALANCE_METHODS:
-                raise ConfigError(f"balance={self.balance}: {method!r}: {did_you_mean(method, BALANCE_METHODS)}")
+        for key, known in (("balance", BALANCE_METHODS), ("loggers", LOGGERS)):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise ConfigError(f"{key}={getattr(self, key)}: {name!r}: {did_you_mean(name, known)}")
         if "aux_free" in self.balance and not self.model.has_routing_bias:
             raise ConfigError(
                 f"balance={self.balance}: aux_free moves a routing bias and "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -111,9 +114,22 @@ def rewrite(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "missing"]),
+        (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "[16]", "missing"]),
         (lambda t: t.update(odd=torch.zeros(1)), ["odd", "not a tensor of this configuration"]),
         (lambda t: t.update({"lm_head.weight": torch.zeros(40, 15)}), ["lm_head.weight", "[40, 15]", "[40, 16]"]),
+        # One part of a stack of experts, and one half of a fused projection.
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(7, 16)}),
+            ["experts.3.up_proj.weight", "[7, 16]", "[8, 16]"],
+        ),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.2.down_proj.weight": torch.zeros(16, 8).double()}),
+            ["experts.0.down_proj.weight", "float32, torch.float64"],
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.gate_proj.weight": torch.zeros(24, 16, dtype=torch.int8)}),
+            ["model.layers.0.mlp.gate_proj.weight", "int8", "convert"],
+        ),
         (
             lambda t: t.update({"model.layers.0.self_attn.o_proj.weight_scale_inv": torch.zeros(1)}),
             ["weight_scale_inv", "FP8"],
@@ -139,6 +155,90 @@ def test_absent_or_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="0 safetensors files"):
         load_hf_checkpoint(tmp_path)
+
+
+FIRST_SHARD = "model-00001-of-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index.pop("weight_map"), ["index.json", "weight_map"]),
+        (lambda index: index["weight_map"].update({"model.norm.weight": "gone.safetensors"}), ["gone.safetensors"]),
+        (
+            lambda index: index["weight_map"].update({"model.norm.weight": FIRST_SHARD}),
+            [FIRST_SHARD, "model.norm.weight is not in it"],
+        ),
+    ],
+    ids=["no_map", "no_file", "other_file"],
+)
+def test_an_index_that_does_not_fit_its_files_is_named(change, words: list[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    save_hf_checkpoint(model(), tmp_path, max_shard_bytes=15_000)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    assert index["weight_map"]["model.norm.weight"] != FIRST_SHARD
+    change(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        load_hf_checkpoint(tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@st.composite
+def small_configs(draw: st.DrawFn) -> DeepSeekV3Config:
+    """Configurations of every kind that the Hugging Face layout can say."""
+    groups, size = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    kept = draw(st.integers(1, groups))
+    layers = draw(st.integers(1, 3))
+    v3 = draw(st.booleans())
+    return DeepSeekV3Config(
+        vocab_size=draw(st.integers(5, 40)),
+        hidden_size=4 * draw(st.integers(1, 5)),
+        intermediate_size=draw(st.integers(1, 20)),
+        moe_intermediate_size=draw(st.integers(1, 9)),
+        num_hidden_layers=layers,
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        num_attention_heads=draw(st.integers(1, 3)),
+        q_lora_rank=draw(st.none() | st.integers(1, 9)),
+        kv_lora_rank=draw(st.integers(1, 9)),
+        qk_nope_head_dim=draw(st.integers(1, 6)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 3)),
+        v_head_dim=draw(st.integers(1, 9)),
+        n_routed_experts=groups * size,
+        n_shared_experts=draw(st.integers(0, 2)),
+        num_experts_per_tok=draw(st.integers(1, kept * size)),
+        n_group=groups if v3 else 1,
+        topk_group=kept if v3 else 1,
+        topk_method="noaux_tc" if v3 else "greedy",
+        scoring_func="sigmoid" if v3 else "softmax",
+        norm_topk_prob=draw(st.booleans()) if v3 else False,
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5, 16.0])),
+        num_nextn_predict_layers=draw(st.integers(0, 2)) if v3 else 0,
+        rope_theta=draw(st.sampled_from([10000.0, 50000.0])),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+@given(small_configs(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(200, 20_000))
+def test_any_configuration_comes_back_bit_for_bit(config: DeepSeekV3Config, dtype: torch.dtype, shard: int) -> None:
+    torch.manual_seed(0)
+    before = DeepSeekV3(config)
+    for name, buffer in before.named_buffers():
+        if name.endswith("router.bias"):
+            buffer.uniform_(4.9, 5.1)
+    before = before.to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf_checkpoint(before, folder, max_shard_bytes=shard)
+        after = load_hf_checkpoint(folder)
+    # What a folder cannot say: how MTP states are handed on, and the model's initial values.
+    assert after.config.to_hf() == before.config.to_hf()
+    mine, theirs = before.state_dict(), after.state_dict()
+    assert list(mine) == list(theirs)
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    assert (after.head.weight is after.embedding.weight) == config.tie_word_embeddings
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:

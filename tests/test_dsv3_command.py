@@ -178,6 +178,14 @@ def test_the_package_is_the_command_too() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_reader_that_has_enough_gets_no_traceback() -> None:
+    """As in `dsv3 config | head -1`."""
+    program = "import time; time.sleep(0.3); from lightning_dsv3.cli.dsv3 import main; exit(main(['presets']))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 141)
+
+
 @pytest.mark.usefixtures("small_corpus")
 def test_corpus_says_what_a_run_would_fetch_and_fetches_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -171,6 +171,9 @@ class TestFiles:
             folder = tmp_path / f".partial-{name}"
             folder.mkdir()
             os.utime(folder, (time.time() - age,) * 2)
+        unfinished = tmp_path / ".partial-file"
+        unfinished.touch()
+        os.utime(unfinished, (time.time() - 25 * 3600,) * 2)
         (tmp_path / "kept").mkdir()
         make_cache_folder(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-young", "kept"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.model import DeepSeekV3
 
 _INDEX = "model.safetensors.index.json"
+_CHECK_CONFIG = "check config.json against the files"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_hf_checkpoint(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> DeepSeekV3:
@@ -43,12 +45,12 @@ def load_hf_checkpoint(folder: str | os.PathLike[str], *, dtype: torch.dtype | N
     if not any(name.startswith(first_mtp) for name in tensors.files):
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     entries = list(layout(config))
-    tensors.check_names(entries, mtp_copies(config))
-
     with torch.device("meta"):
         model = DeepSeekV3(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = {entry.name: tensors.assemble(entry, shapes[entry.name], dtype) for entry in entries}
+    expected = {name: shape for entry in entries for name, shape in entry.part_shapes(shapes[entry.name]).items()}
+    tensors.check_names(expected, mtp_copies(config))
+    state = {entry.name: tensors.assemble(entry, expected, dtype) for entry in entries}
     if config.tie_word_embeddings:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
@@ -107,7 +109,7 @@ class _Tensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / _INDEX).exists():
-            self.files: dict[str, str] = _read_json(folder / _INDEX)["weight_map"]
+            self.files = self._read_index()
         else:
             files = sorted(file.name for file in folder.glob("*.safetensors"))
             if len(files) != 1:
@@ -122,40 +124,69 @@ class _Tensors:
                 f"{folder}: {scaled[0]} and {len(scaled) - 1} more: FP8 blocks; convert to BF16 first"
             )
 
-    def check_names(self, entries: list[Entry], copies: dict[str, str]) -> None:
+    def check_names(self, expected: Mapping[str, Sequence[int]], copies: Mapping[str, str]) -> None:
         """Name every tensor that is missing or not expected."""
-        needed = {name for entry in entries for part in entry.parts for name in part}
-        allowed = needed | set(copies) | {"lm_head.weight"}  # a tied head may be stored as well
-        missing, extra = sorted(needed - set(self.files)), sorted(set(self.files) - allowed)
-        # Old conversions carry this table; it is a function of the configuration.
-        extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
-        for what, names in (("is missing", missing), ("is not a tensor of this configuration", extra)):
-            if names:
-                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-                raise CheckpointError(f"{self.folder}: {names[0]} {what}{more}; check config.json against the files")
+        allowed = {*expected, *copies, "lm_head.weight"}  # a tied head may be stored as well
+        if missing := sorted(set(expected) - set(self.files)):
+            shape = list(expected[missing[0]])
+            raise CheckpointError(
+                f"{self.folder}: {missing[0]}, of shape {shape}, is missing{_and_more(missing)}; {_CHECK_CONFIG}"
+            )
+        # Old conversions carry the rotary table; it is a function of the configuration.
+        extra = sorted(n for n in set(self.files) - allowed if not n.endswith("rotary_emb.inv_freq"))
+        if extra:
+            raise CheckpointError(
+                f"{self.folder}: {extra[0]} is not a tensor of this configuration{_and_more(extra)}; {_CHECK_CONFIG}"
+            )
 
-    def assemble(self, entry: Entry, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+    def assemble(self, entry: Entry, expected: Mapping[str, Sequence[int]], dtype: torch.dtype | None) -> Tensor:
         """Read one of our tensors from its parts."""
         dtype = torch.float32 if entry.name.endswith("router.bias") else dtype
-        rows = [torch.cat([self._read(name) for name in part]) for part in entry.parts]
-        tensor = torch.stack(rows) if entry.stacked else rows[0]
-        if tensor.shape != shape:
+        rows = [torch.cat([self._read(name, expected[name]) for name in part]) for part in entry.parts]
+        kinds = {str(row.dtype) for row in rows}
+        if len(kinds) > 1:
             raise CheckpointError(
-                f"{self.folder}: {', '.join(entry.parts[0])}: shape {list(tensor.shape)} where config.json "
-                f"asks for {list(shape)}"
+                f"{self.folder}: {entry.parts[0][0]} and its neighbours are of different dtypes "
+                f"({', '.join(sorted(kinds))}); store one layer's experts in one dtype"
             )
+        tensor = torch.stack(rows) if entry.stacked else rows[0]
         return tensor.to(dtype) if dtype is not None else tensor
 
-    def _read(self, name: str) -> Tensor:
-        with self._open(self.files[name]) as handle:
-            tensor: Tensor = handle.get_tensor(name)
+    def _read(self, name: str, shape: Sequence[int]) -> Tensor:
+        file = self.files[name]
+        with self._open(file) as handle:
+            try:
+                tensor: Tensor = handle.get_tensor(name)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{self.folder / file}: {name} is not in it although {_INDEX} says so ({error}); fetch both again"
+                ) from error
+        if list(tensor.shape) != list(shape):
+            raise CheckpointError(
+                f"{self.folder}: {name}: shape {list(tensor.shape)} where config.json asks for {list(shape)}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.folder}: {name}: dtype {str(tensor.dtype).removeprefix('torch.')}; weights are read as "
+                f"float32, bfloat16, float16 or float64: convert the checkpoint first"
+            )
         return tensor
+
+    def _read_index(self) -> dict[str, str]:
+        files = _read_json(self.folder / _INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise CheckpointError(f"{self.folder / _INDEX}: has no weight_map {{tensor: file}}; fetch it again")
+        return files
 
     def _open(self, file: str) -> Any:
         try:
             return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / file}: cannot be read ({error}); fetch it again") from error
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _their_tensors(model: DeepSeekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ one matrix per expert. An MTP module k is layer ``num_hidden_layers + k`` there,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_dsv3.config import DeepSeekV3Config
@@ -25,6 +25,11 @@ class Entry:
     name: str
     parts: tuple[tuple[str, ...], ...]
     stacked: bool = False
+
+    def part_shapes(self, shape: Sequence[int]) -> dict[str, list[int]]:
+        """Return the shape of each part, given that of our tensor."""
+        rows, *columns = shape[1:] if self.stacked else shape
+        return {name: [rows // len(part), *columns] for part in self.parts for name in part}
 
 
 def layout(config: DeepSeekV3Config) -> Iterator[Entry]:

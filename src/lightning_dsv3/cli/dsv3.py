@@ -7,6 +7,8 @@ that presets, configurations and help answer at once.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after ``dsv3``; by default those of this process.
 
     Returns:
-        The exit code: 0, or 2 for a command line or a configuration that cannot work.
+        The exit code: 0, or 2 for a command line or a configuration that cannot work; 141 where the reader of the
+        output has closed it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -61,7 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"{command!r}: there is no such command; {did_you_mean(command, COMMANDS)}")
-        return COMMANDS[command](rest)
+        code = COMMANDS[command](rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, as in `dsv3 config | head`, has enough. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"dsv3: {_one_line(str(error))}", file=sys.stderr)
         return 2

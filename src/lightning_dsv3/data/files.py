@@ -43,7 +43,7 @@ def make_cache_folder(path: Path) -> Path:
     for partial in path.glob(f"{_PARTIAL}*"):
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(partial)
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     return path
 
 

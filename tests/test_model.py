@@ -128,7 +128,7 @@ def test_no_logits_of_all_positions_are_ever_made(monkeypatch: pytest.MonkeyPatc
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.shape[-1:] == (71,):
+            if isinstance(out, torch.Tensor) and 71 in out.shape:
                 largest = max(largest, out.numel())
             return out
 

@@ -1,7 +1,7 @@
 """Cross entropy of a linear head without its logits in memory.
 
 Logits of T tokens and V ids in float32 are the largest tensor of a step (4096 x 129280 x 4 bytes = 2.1 GB), so they are
-made in chunks of rows, and each chunk's gradient with respect to hidden states and head is taken while it is there. The
+made in chunks of tokens, and each chunk's gradient with respect to hidden states and head is taken while it is there. The
 backward pass then only multiplies by the loss's own gradient: no logits are kept and none are computed twice.
 """
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = 1 << 21  # logits alive at once, float32: 8 MB, which fits a CPU's last-level cache
+# Logits alive at once, in float32: 8 MB, which a CPU keeps in its cache; on a GPU 1 GB, as its products want many rows.
+_CHUNK_ELEMENTS = 1 << 21
+_GPU_CHUNK_ELEMENTS = 1 << 28
 
 
 class HeadLoss(NamedTuple):
@@ -64,7 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, denominator, needs_grad):  # type: ignore[no-untyped-def]
         num_rows, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
-        columns = min(num_rows, max(1, _CHUNK_ELEMENTS // vocab_size))
+        elements = _CHUNK_ELEMENTS if hidden_ND.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+        columns = min(num_rows, max(1, elements // vocab_size))
         wide = _accumulation_dtype(hidden_ND)
         token_losses = torch.empty(num_rows, dtype=wide, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None

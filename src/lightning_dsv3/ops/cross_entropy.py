@@ -1,8 +1,8 @@
 """Cross entropy of a linear head without its logits in memory.
 
 Logits of T tokens and V ids in float32 are the largest tensor of a step (4096 x 129280 x 4 bytes = 2.1 GB), so they are
-made in chunks of tokens, and each chunk's gradient with respect to hidden states and head is taken while it is there. The
-backward pass then only multiplies by the loss's own gradient: no logits are kept and none are computed twice.
+made in chunks of tokens, and each chunk's gradient with respect to hidden states and head is taken while it is there.
+The backward pass then only multiplies by the loss's own gradient: no logits are kept and none are computed twice.
 """
 
 from __future__ import annotations

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
 
-from lightning_dsv3.ops.balance import batch_balance_loss, bias_step, max_violation, sequence_balance_loss
+from lightning_dsv3.ops.balance import (
+    BIAS_RULES,
+    batch_balance_loss,
+    bias_step,
+    centred_bias_step,
+    max_violation,
+    proportional_bias_step,
+    sequence_balance_loss,
+)
 
 counts_lists = st.lists(st.integers(0, 2**40), min_size=1, max_size=24)
 
@@ -104,6 +114,74 @@ class TestBiasStep:
     def test_different_shapes_are_refused(self):
         with pytest.raises(ValueError, match=r"\[1, 2\].*\[2\]"):
             bias_step(torch.zeros(1, 2), torch.tensor([1, 2]), 0.001)
+
+
+class TestOtherRules:
+    @given(counts_lists)
+    def test_proportional_is_the_error_relative_to_the_mean(self, counts):
+        moved = proportional_bias_step(torch.zeros(len(counts)), torch.tensor(counts), 1.0)
+        mean = Fraction(sum(counts), len(counts))
+        expected = [float((mean - n) / mean) if mean else 0.0 for n in counts]
+        assert moved.tolist() == pytest.approx(expected, rel=1e-6)
+
+    @given(counts_lists, st.integers(2, 1000))
+    def test_proportional_does_not_depend_on_the_number_of_tokens(self, counts, factor):
+        bias, counts = torch.zeros(len(counts)), torch.tensor(counts)
+        torch.testing.assert_close(
+            proportional_bias_step(bias, counts, 0.01), proportional_bias_step(bias, factor * counts, 0.01)
+        )
+
+    def test_proportional_moves_the_busiest_by_its_violation(self):
+        counts = torch.tensor([[10, 2, 2, 2], [0, 0, 12, 12]])
+        moved = proportional_bias_step(torch.zeros(2, 4), counts, 1.0)
+        assert torch.equal(-moved.amin(-1), max_violation(counts))
+        assert moved.amax().item() == 1.0, "an idle expert"
+
+    @given(counts_lists)
+    def test_centred_is_the_sign_rule_less_its_mean(self, counts):
+        total, num_experts = sum(counts), len(counts)
+        signs = [(total > num_experts * n) - (total < num_experts * n) for n in counts]
+        moved = centred_bias_step(torch.zeros(num_experts), torch.tensor(counts), 1.0)
+        expected = [float(sign - Fraction(sum(signs), num_experts)) for sign in signs]
+        assert moved.tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+
+    def test_centred_keeps_the_mean_that_the_sign_rule_moves(self):
+        bias, counts = torch.zeros(4), torch.tensor([7, 3, 3, 3])
+        assert centred_bias_step(bias, counts, 0.001).sum().abs() < 1e-9
+        assert bias_step(bias, counts, 0.001).sum() == pytest.approx(0.002)
+
+    def test_centred_leaves_the_same_differences_between_experts_as_the_sign_rule(self):
+        bias, counts = torch.linspace(-1, 1, 7), torch.tensor([0, 9, 3, 3, 1, 4, 2])
+        shift = centred_bias_step(bias, counts, 0.01) - bias_step(bias, counts, 0.01)
+        torch.testing.assert_close(shift, shift[:1].expand(7), rtol=0, atol=1e-6)
+
+    def test_the_names_are_those_of_the_configuration_and_sign_is_the_reports(self):
+        assert tuple(BIAS_RULES) == ("sign", "proportional", "centred")
+        assert BIAS_RULES["sign"] is bias_step
+
+    @pytest.mark.parametrize("rule", BIAS_RULES.values(), ids=BIAS_RULES)
+    def test_every_rule_lowers_the_busiest_and_keeps_a_balanced_row(self, rule):
+        bias = torch.tensor([[5.0, 5.0, 5.0], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+        counts = torch.tensor([[9, 1, 2], [4, 4, 4], [0, 0, 0]])
+        moved = rule(bias, counts, 0.01)
+        assert moved[0, 0] < 5.0 < moved[0, 1]
+        assert torch.equal(moved[1:], bias[1:])
+        assert bias[0].tolist() == [5.0] * 3, "the argument is left alone"
+        assert torch.equal(rule(bias, counts, torch.tensor(0.0)), bias)
+
+    @pytest.mark.parametrize("rule", BIAS_RULES.values(), ids=BIAS_RULES)
+    @pytest.mark.usefixtures("bfloat16_default")
+    def test_every_rule_is_float32_under_a_bfloat16_default(self, rule):
+        moved = rule(torch.full((2,), 5.0, dtype=torch.float32), torch.tensor([1, 3]), 0.001)
+        assert moved.dtype == torch.float32
+        assert moved[0] > 5.0 > moved[1]
+
+    @pytest.mark.parametrize("rule", BIAS_RULES.values(), ids=BIAS_RULES)
+    def test_every_rule_refuses_what_swallows_steps(self, rule):
+        with pytest.raises(TypeError, match="float32"):
+            rule(torch.zeros(2, dtype=torch.bfloat16), torch.tensor([1, 2]), 0.001)
+        with pytest.raises(TypeError, match="integer counts"):
+            rule(torch.zeros(2), torch.ones(2), 0.001)
 
 
 class TestMaxViolation:

@@ -27,12 +27,13 @@ from lightning_dsv3.config import (
 _HELP = """\
 usage: dsv3 COMMAND [options] [key=value ...]
 
-Looks at models, configurations and data before a run.
+Looks at models, configurations and data before a run, and at a run after it.
 
 commands:
   presets   the models that model=NAME selects: parameters, layers, experts, context
   config    the whole configuration of a run, checked, as YAML; --plot draws its schedules
   corpus    the text that a run trains on: sources, sizes, licences, what is there and what is not
+  report    a run folder as one HTML page, figures included
 
 "dsv3 COMMAND --help" tells more, with examples. "python -m lightning_dsv3 COMMAND" is the same.
 A run is started by "lightning run model examples/train.py [key=value ...]", which takes the same words.
@@ -184,7 +185,38 @@ examples:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"presets": presets, "config": config, "corpus": corpus}
+def report(words: Sequence[str]) -> int:
+    """Write a run's HTML page."""
+    parser = _parser(
+        "report",
+        "Writes a run folder's summary, figures, expert loads and configuration as one HTML page that needs no other\n"
+        "file. A run that is still going on, or was killed, is shown as far as it has come.",
+        """\
+examples:
+  dsv3 report runs/20261125-101500-tiny
+  dsv3 report runs/20261125-101500-tiny --output page.html
+""",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="where to; report.html in the run folder")
+    options = parser.parse_args(words)
+    output = options.output or options.run / "report.html"
+    from lightning_dsv3.cli.run_report import write_report
+
+    try:
+        write_report(options.run, output)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written ({error.strerror or error})") from error
+    print(f"dsv3: wrote {output}", file=sys.stderr)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "presets": presets,
+    "config": config,
+    "corpus": corpus,
+    "report": report,
+}
 
 
 def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> str:

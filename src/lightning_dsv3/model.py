@@ -18,7 +18,8 @@ from lightning_dsv3.layers.experts import Experts
 from lightning_dsv3.layers.mtp import MTPModule
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import Router, RouterOutput
-from lightning_dsv3.ops.cross_entropy import count_targets, linear_cross_entropy, shifted_targets
+from lightning_dsv3.ops.attention import Positions, document_mask
+from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, count_targets, linear_cross_entropy, shifted_targets
 from lightning_dsv3.ops.rope import rope_table
 
 
@@ -32,7 +33,8 @@ class DeepSeekV3Output:
         token_losses: Its terms in nats, float32 ``[B, S]``: position i holds the loss of label i + 1, 0 where there is
             none. No gradient.
         mtp_logits: Logits of each MTP depth k, ``[B, S - k, V]``; position i predicts token i + k + 1.
-        mtp_losses: Cross entropy of each MTP depth, float32 scalars (eq. 24).
+        mtp_losses: Cross entropy of each MTP depth, float32 scalars (eq. 24); with documents, over the positions whose
+            token i + k is of their own document.
         routing: What each router decided, main blocks first, then MTP modules.
     """
 
@@ -94,6 +96,7 @@ class DeepSeekV3(nn.Module):
         labels: Tensor | None = None,
         return_logits: bool = True,
         use_mtp: bool | None = None,
+        document: Tensor | None = None,
     ) -> DeepSeekV3Output:
         """Predict the next token at each position, and with MTP the ones behind it.
 
@@ -103,20 +106,21 @@ class DeepSeekV3(nn.Module):
                 Hugging Face.
             return_logits: Also return logits. Without them losses are computed in chunks and no logits are kept.
             use_mtp: Run the MTP modules; None runs them when labels are given.
+            document: Number of the document that each position belongs to, int64 ``[B, S]``; a row's documents follow
+                one another, each with its own number. A position then attends to its own document alone (report,
+                section 5.1). None: a row is one text, attention reaches over its borders (section 4.1). In both the
+                last token of a document predicts the first of the next, which is the end of sentence between them.
 
         Returns:
             Logits and losses; see :class:`DeepSeekV3Output`.
         """
         config = self.config
         embedding_BSD = self.embedding(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        cos, sin = rope_table(
-            positions, dim=config.qk_rope_head_dim, theta=config.rope_theta, scaling=config.rope_scaling
-        )
+        positions = self._positions(embedding_BSD, document)
         routing: list[RouterOutput | None] = []
         x_BSD = embedding_BSD
         for block in self.blocks:
-            x_BSD, block_routing = block(x_BSD, cos, sin)
+            x_BSD, block_routing = block(x_BSD, positions)
             routing.append(block_routing)
         h_BSD = self.norm(x_BSD)
 
@@ -127,13 +131,13 @@ class DeepSeekV3(nn.Module):
                 if input_ids.shape[1] <= depth:
                     break  # a sequence this short has no token so far ahead
                 before, after, block_routing = module(
-                    chained[:, :-1], embedding_BSD[:, depth:], cos[:-depth], sin[:-depth]
+                    chained[:, :-1], embedding_BSD[:, depth:], positions.first(input_ids.shape[1] - depth)
                 )
                 states.append(after)
                 routing.append(block_routing)
                 chained = after if config.mtp_chain_state == "post_norm" else before
 
-        loss, token_losses, mtp_losses = self._losses(h_BSD, states, labels)
+        loss, token_losses, mtp_losses = self._losses(h_BSD, states, labels, document)
         return DeepSeekV3Output(
             logits=self.head(h_BSD) if return_logits else None,
             loss=loss,
@@ -143,8 +147,24 @@ class DeepSeekV3(nn.Module):
             routing=tuple(r for r in routing if r is not None),
         )
 
+    def _positions(self, x_BSD: Tensor, document: Tensor | None) -> Positions:
+        """Return the positions of a row, the same for all blocks."""
+        config = self.config
+        # Scores depend on differences of positions alone, so a document inside a row needs no count of its own.
+        cos, sin = rope_table(
+            torch.arange(x_BSD.shape[1], device=x_BSD.device),
+            dim=config.qk_rope_head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+        )
+        if document is None:
+            return Positions(cos, sin)
+        device = x_BSD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BSD.dtype
+        return Positions(cos, sin, document_mask(document, dtype))
+
     def _losses(
-        self, h_BSD: Tensor, states: list[Tensor], labels: Tensor | None
+        self, h_BSD: Tensor, states: list[Tensor], labels: Tensor | None, document: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
         """Return the main loss, its terms and the MTP losses, head by head: one chunk of logits lives at a time."""
         if labels is None:
@@ -154,7 +174,11 @@ class DeepSeekV3(nn.Module):
         main = linear_cross_entropy(h_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten(), num_targets)
         mtp_losses = []
         for depth, state in enumerate(states, start=1):
-            targets = shifted_targets(labels, depth + 1)[:, :-depth].flatten()
+            targets_BS = shifted_targets(labels, depth + 1)[:, :-depth]
+            if document is not None:
+                crosses_BS = document[:, depth:] != document[:, :-depth]
+                targets_BS = targets_BS.masked_fill(crosses_BS, IGNORE_INDEX)
+            targets = targets_BS.flatten()
             denominator = num_targets if self.config.mtp_loss_normalizer == "main" else count_targets(targets)
             mtp_losses.append(linear_cross_entropy(state.flatten(0, 1), self.head.weight, targets, denominator).loss)
-        return main.loss, main.token_losses.view_as(targets_BS), tuple(mtp_losses)
+        return main.loss, main.token_losses.view_as(labels), tuple(mtp_losses)

@@ -97,7 +97,9 @@ class DeepSeekV3Steps(_Base):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the total loss of a micro-batch."""
         input_ids = batch["input_ids"]
-        output = self.model(input_ids, labels=batch.get("labels", input_ids), return_logits=False)
+        output = self.model(
+            input_ids, labels=batch.get("labels", input_ids), return_logits=False, document=batch.get("document")
+        )
         losses = {"train/loss": output.loss}
         total = output.loss
         if output.mtp_losses:
@@ -160,9 +162,13 @@ class DeepSeekV3Steps(_Base):
             likeliest next id at each position; ``domain`` ``[B]``, if the batch has it.
         """
         input_ids = batch["input_ids"]
+        labels, document = batch.get("labels", input_ids), batch.get("document")
         token_losses, predicted = [], []
-        for ids, labels in zip(input_ids.split(1), batch.get("labels", input_ids).split(1), strict=True):
-            output = self.model(ids, labels=labels, use_mtp=False)
+        for row in range(input_ids.shape[0]):
+            one = slice(row, row + 1)
+            output = self.model(
+                input_ids[one], labels=labels[one], use_mtp=False, document=None if document is None else document[one]
+            )
             token_losses.append(output.token_losses)
             predicted.append(output.logits.argmax(dim=-1))
         prediction = {"token_losses": torch.cat(token_losses), "predicted": torch.cat(predicted)}
@@ -230,7 +236,7 @@ class DeepSeekV3Steps(_Base):
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         input_ids = batch["input_ids"]
         labels = batch.get("labels", input_ids)
-        output = self.model(input_ids, labels=labels, return_logits=False)
+        output = self.model(input_ids, labels=labels, return_logits=False, document=batch.get("document"))
         targets_BS = shifted_targets(labels, 1)
         weight = int((targets_BS != IGNORE_INDEX).sum())  # 0 for rows that only make the ranks even
         self.log(f"{stage}/loss", output.loss, batch_size=weight, sync_dist=True, on_epoch=True)
@@ -262,8 +268,9 @@ class DeepSeekV3Steps(_Base):
 class DeepSeekV3Module(DeepSeekV3Steps, LightningModule):
     """Train, validate, test and predict with a DeepSeek-V3-style model, in any Trainer (automatic optimisation).
 
-    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored)
-    and ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
+    A batch is a dict with ``input_ids`` int64 ``[B, S]``, and may have ``labels`` int64 ``[B, S]`` (-100 is ignored),
+    ``document`` int64 ``[B, S]``, the number of each position's document, beyond which attention does not reach, and
+    ``domain`` int64 ``[B]``, an index into the data module's ``domains``, for figures per domain.
 
     Logged: ``train/loss`` (main head), ``train/mtp_loss``, ``train/balance/<method>``, ``train/total_loss``,
     ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,

@@ -221,6 +221,8 @@ class DataConfig:
         weights: Share of each domain in the training sequences; normalised over the domains that are there.
         sources: The user's own text instead of the default corpus; each source has its own weight.
         fim_rate: Share of the training documents that are read prefix, suffix, middle (the report's is 0.1).
+        document_mask: Attention stays inside a document, as in the report's fine-tuning (section 5.1). Its
+            pre-training packs documents without this mask (section 4.1).
         cache_dir: Folder for downloads and tokenised text; None for the user's cache folder.
         offline: Fetch nothing; use what this machine has.
         num_workers: Processes per loader; 0 loads in the training process.
@@ -232,6 +234,7 @@ class DataConfig:
     )
     sources: list[SourceConfig] = field(default_factory=list)
     fim_rate: float = 0.0
+    document_mask: bool = False
     cache_dir: str | None = None
     offline: bool = False
     num_workers: int = 0

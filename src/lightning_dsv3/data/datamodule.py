@@ -197,6 +197,7 @@ class PackedText(_Base):
             accumulate=self._accumulated(),
             rank=rank,
             world_size=world_size,
+            with_documents=self.config.document_mask,
         )
         before, trainer = self._training_loader, self._fitting_trainer()
         if trainer is not None and trainer.overfit_batches:
@@ -305,7 +306,11 @@ class PackedText(_Base):
             rank_zero_warn(f"There is no text for {', '.join(gone)}; the weights are now: {shares}.")
 
     def _identity(self) -> dict[str, Any]:
-        """Return what the samples of every optimizer step depend on, in plain values for a checkpoint."""
+        """Return what the samples of every optimizer step depend on, in plain values for a checkpoint.
+
+        ``document_mask`` is not among them: it moves no token. A run may well go on with the other value, as the report
+        does between pre-training and fine-tuning.
+        """
         content = hashlib.blake2b(digest_size=8)
         for part in self._parts:
             content.update(part.documents.key.tobytes() + part.documents.length.tobytes())
@@ -340,7 +345,13 @@ class PackedText(_Base):
     def _held_out_dataloader(self, split: str) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         rank, world_size = self._rank_and_world_size()
         rows = max(1, BatchSizes.of(self.batch_size).size // (world_size * self._accumulated()))
-        batches = HeldOutBatches(self._held_out_windows(split), rows=rows, rank=rank, world_size=world_size)
+        batches = HeldOutBatches(
+            self._held_out_windows(split),
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            with_documents=self.config.document_mask,
+        )
         # Lightning takes an empty list for "nothing to validate on".
         return held_out_loader(batches, pin_memory=self._on_gpu()) if len(batches) else []
 
@@ -373,7 +384,8 @@ class DeepSeekV3DataModule(PackedText, LightningDataModule):
 
     - ``input_ids`` ``[B, S]``;
     - ``labels`` ``[B, S]``, the same ids (the model shifts them) with -100 on padding, which only held-out text has;
-    - ``domain`` ``[B]``, index into ``domains``; every row is text of one domain.
+    - ``domain`` ``[B]``, index into ``domains``; every row is text of one domain;
+    - ``document`` ``[B, S]`` with ``data.document_mask``: which of its row's documents a position belongs to, from 0.
 
     After ``setup()`` there are ``domains``, ``tokenizer``, ``token_bytes``, ``eos_token_id`` and ``sources``.
 

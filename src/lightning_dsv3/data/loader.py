@@ -70,6 +70,7 @@ class TrainingStream(IterableDataset[Batch]):
         accumulate: Micro-batches per optimizer step.
         rank: This process.
         world_size: All processes.
+        with_documents: Give each batch ``document`` as well.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class TrainingStream(IterableDataset[Batch]):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        with_documents: bool = False,
     ) -> None:
         self._parts = list(parts)
         self._domain_of = np.arange(len(self._parts)) if domain_of is None else np.asarray(domain_of, dtype=np.int64)
@@ -90,6 +92,7 @@ class TrainingStream(IterableDataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self._batch_sizes = batch_sizes
+        self._with_documents = with_documents
         self.begin_at(Position(0, (0,) * len(self._parts)))
 
     def begin_at(self, start: Position, skipped: int = 0) -> None:
@@ -120,14 +123,17 @@ class TrainingStream(IterableDataset[Batch]):
         parts = self.mixture.domains(position.samples, position.samples + skipped + rows)
         mine = parts[skipped:]
         taken = np.asarray(position.windows) + np.bincount(parts[:skipped], minlength=len(self._parts))
-        windows = []
+        windows, documents = [], []
         for part in mine:
             windows.append(self._parts[part][int(taken[part])])
+            if self._with_documents:
+                documents.append(self._parts[part].document_numbers(int(taken[part])))
             taken[part] += 1
         input_ids = torch.from_numpy(np.stack(windows))
         domain = torch.from_numpy(self._domain_of[mine])
         # Training windows have no padding: every position is a label.
-        return {"input_ids": input_ids, "labels": input_ids.clone(), "domain": domain}
+        batch = {"input_ids": input_ids, "labels": input_ids.clone(), "domain": domain}
+        return batch | ({"document": torch.from_numpy(np.stack(documents))} if documents else {})
 
 
 class FitProgress:
@@ -292,10 +298,20 @@ class HeldOutBatches(Dataset[Batch]):
         rows: Sequences per batch, at most.
         rank: This process.
         world_size: All processes.
+        with_documents: Give each batch ``document`` as well.
     """
 
-    def __init__(self, domains: Sequence[HeldOutWindows], *, rows: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        domains: Sequence[HeldOutWindows],
+        *,
+        rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        with_documents: bool = False,
+    ) -> None:
         self._domains = list(domains)
+        self._with_documents = with_documents
         self._batches: list[tuple[int, Int64Array]] = []
         for domain, windows in enumerate(self._domains):
             most = -(-len(windows) // world_size)
@@ -309,15 +325,19 @@ class HeldOutBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         domain, chosen = self._batches[index]
-        rows = [self._domains[domain][int(row)] for row in chosen]
+        windows = self._domains[domain]
+        rows = [windows[int(row)] for row in chosen]
+        documents = [windows.document_numbers(int(row)) for row in chosen] if self._with_documents else []
         if not rows:
-            input_ids, labels = self._domains[domain][0]
+            input_ids, labels = windows[0]
             rows = [(np.full_like(input_ids, EOS_TOKEN_ID), np.full_like(labels, IGNORED_LABEL))]
-        return {
+            documents = [np.zeros_like(input_ids)] if self._with_documents else []
+        batch = {
             "input_ids": torch.from_numpy(np.stack([row[0] for row in rows])),
             "labels": torch.from_numpy(np.stack([row[1] for row in rows])),
             "domain": torch.full((len(rows),), domain, dtype=torch.int64),
         }
+        return batch | ({"document": torch.from_numpy(np.stack(documents))} if documents else {})
 
 
 def held_out_loader(batches: HeldOutBatches, *, pin_memory: bool = False) -> DataLoader[Batch]:

@@ -14,7 +14,14 @@ the first is never a target. Windows therefore start S - 1 tokens apart:
 
 Every byte of text is a target exactly once. So bits per byte is a statement about a text and not about a sample of its
 tokens, and :meth:`HeldOutWindows.text` can give other compressors exactly the same bytes. The price is one token in S
-computed twice. Attention does reach over a document's border.
+computed twice.
+
+Attention reaches over a document's border, as in the report's pre-training (section 4.1), unless the model is told each
+position's document. ``document_numbers`` counts them from where documents lie in the stream and not from the tokens; an
+end-of-sentence belongs to the document that it begins:
+
+    EOS a a a EOS b b EOS c
+     0  0 0 0  1  1 1  2  2
 
 Held-out text is one pass in a fixed order; what its last window has too much is EOS with label -100. Training text is
 endless: epoch after epoch, each with its documents in its own order and with no break between them, so no token is lost
@@ -24,7 +31,7 @@ fill its domain's share of many steps. Window n is found without reading windows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +128,10 @@ class TokenStream:
             place += 1
         return tokens
 
+    def document_numbers(self, start: int, stop: int) -> Int64Array:
+        """Return which document of the order tokens start .. stop - 1 belong to; behind the end there is one more."""
+        return np.searchsorted(self._begin, np.arange(start, stop), side="right") - 1
+
     def _fill(self, target: Int64Array, document: int, start: int) -> None:
         """Write a document's tokens into ``target``, beginning with number ``start``."""
         if self._fim is None or self._cuts is None or self._cuts.first[document] < 0:
@@ -164,16 +175,24 @@ class HeldOutWindows:
 
     def __getitem__(self, index: int) -> tuple[Int64Array, Int64Array]:
         """Return input_ids and labels of the index-th window taken, both int64 [S]."""
-        start = self.chosen[index] * (self._sequence_length - 1)
+        start = self._start(index)
         input_ids = self._stream.read(start, start + self._sequence_length)
         labels = input_ids.copy()
         labels[self._num_targets + 1 - start :] = IGNORED_LABEL
         return input_ids, labels
 
+    def document_numbers(self, index: int) -> Int64Array:
+        """Return the document of each position of the index-th window taken, counted from 0: int64 [S]."""
+        start = self._start(index)
+        return _from_zero(self._stream.document_numbers(start, start + self._sequence_length))
+
     def text(self, token_texts: Sequence[bytes]) -> bytes:
         """Return the text that the windows' targets spell."""
         targets = (self[index][1][1:] for index in range(len(self)))
         return b"".join(token_texts[token] for labels in targets for token in labels if token != IGNORED_LABEL)
+
+    def _start(self, index: int) -> int:
+        return self.chosen[index] * (self._sequence_length - 1)
 
 
 class TrainingWindows:
@@ -206,21 +225,35 @@ class TrainingWindows:
 
     def __getitem__(self, index: int) -> Int64Array:
         """Return window ``index``: int64 [S]."""
-        shuffle, place = divmod(index, self.windows_per_shuffle)
-        key = derive_key("windows", self._seed, self._domain, shuffle)
-        return self.in_stream(shuffle * self.windows_per_shuffle + permuted(place, self.windows_per_shuffle, key))
+        return self.in_stream(self._shuffled(index))
+
+    def document_numbers(self, index: int) -> Int64Array:
+        """Return the document of each position of window ``index``, counted from 0: int64 [S]."""
+        parts = [
+            epoch * len(self._documents) + self._epoch(epoch).document_numbers(start, stop)
+            for epoch, start, stop in self._stretches(self._shuffled(index))
+        ]
+        return _from_zero(np.concatenate(parts))
 
     def in_stream(self, window: int) -> Int64Array:
         """Return the window that begins ``window * (S - 1)`` tokens into the stream: int64 [S]."""
+        parts = [self._epoch(epoch).read(start, stop) for epoch, start, stop in self._stretches(window)]
+        return np.concatenate(parts)
+
+    def _shuffled(self, index: int) -> int:
+        shuffle, place = divmod(index, self.windows_per_shuffle)
+        key = derive_key("windows", self._seed, self._domain, shuffle)
+        return shuffle * self.windows_per_shuffle + permuted(place, self.windows_per_shuffle, key)
+
+    def _stretches(self, window: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the epochs that a window reaches over, each with start and stop inside it."""
         start = window * (self._sequence_length - 1)
         stop = start + self._sequence_length
-        parts = []
         while start < stop:
             epoch, offset = divmod(start, self.epoch_length)
             end = min(offset + stop - start, self.epoch_length)
-            parts.append(self._epoch(epoch).read(offset, end))
+            yield epoch, offset, end
             start += end - offset
-        return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> TokenStream:
         if epoch not in self._epochs:
@@ -233,3 +266,7 @@ class TrainingWindows:
                 cuts = self._fim.cuts(keys, self._documents.length, self._seed, self._domain, epoch)
             self._epochs[epoch] = TokenStream(self._documents, order, self._fim, cuts)
         return self._epochs[epoch]
+
+
+def _from_zero(numbers: Int64Array) -> Int64Array:
+    return numbers - numbers[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.norm import RMSNorm
-from lightning_dsv3.ops.attention import causal_attention, latent_heads
+from lightning_dsv3.ops.attention import Positions, causal_attention, latent_heads
 from lightning_dsv3.ops.rope import softmax_scale
 
 # DeepSeek's code and Hugging Face's use this epsilon for the latents whatever rms_norm_eps says (Moonlight: 1e-5).
@@ -52,13 +52,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.output = nn.Linear(heads * config.v_head_dim, d, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         """Attend causally.
 
         Args:
             x_BSD: Normalised residual stream ``[B, S, D]``.
-            cos: Cosines of :func:`~lightning_dsv3.ops.rope.rope_table`, ``[S, rope / 2]``.
-            sin: Sines, likewise.
+            positions: Where the S tokens stand, and the mask between documents.
 
         Returns:
             ``[B, S, D]``.
@@ -66,6 +65,6 @@ class MultiHeadLatentAttention(nn.Module):
         q_BSHQ = self.q(x_BSD).unflatten(-1, (self.num_heads, self.qk_nope_head_dim + self.qk_rope_head_dim))
         latent, k_rope_BSR = self.kv_down(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_BSHU = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.num_heads, -1))
-        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim=self.v_head_dim)
-        out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=self.v_head_dim)
+        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, positions.cos, positions.sin, v_head_dim=self.v_head_dim)
+        out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=self.v_head_dim, mask=positions.mask)
         return self.output(out_BHSV.transpose(1, 2).flatten(-2))

@@ -2,6 +2,12 @@
 
 torch's fused kernels want one width for queries, keys and values and otherwise fall back to a form that stores all
 scores. Zeros behind the narrower side change neither scores nor values, and keep the fused kernel.
+
+Documents that are packed into one row are kept apart by a mask that all blocks share: one more tensor of B * S * S
+numbers (4096 positions in bfloat16: 34 MB per row) and no more per block. A causal kernel leaves out the half of the
+scores above the diagonal, and one with a mask does not: in long rows scores then cost up to twice the time.
+
+Shapes: B batch, S sequence, H heads, Q = nope + rope query and key width, R rotary width, V value width, U = nope + V.
 """
 
 from __future__ import annotations
@@ -13,6 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dsv3.ops.rope import apply_rope, unapply_rope
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a row stand and whom they attend to, which is the same in every block.
+
+    Attributes:
+        cos: Cosines ``[S, R / 2]`` or ``[B, S, R / 2]``, of :func:`~lightning_dsv3.ops.rope.rope_table`.
+        sin: Sines, likewise.
+        mask: What is added to the scores, ``[B, 1, S, S]``, of :func:`document_mask`; None where every position
+            attends to itself and to all before it.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+
+    def first(self, length: int) -> Positions:
+        """Return what holds for the first ``length`` positions alone."""
+        mask = None if self.mask is None else self.mask[..., :length, :length]
+        return Positions(self.cos[..., :length, :], self.sin[..., :length, :], mask)
 
 
 class Heads(NamedTuple):
@@ -48,18 +74,45 @@ def latent_heads(
     return Heads(*_LatentHeads.apply(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim))
 
 
-def causal_attention(heads: Heads, *, scale: float, v_head_dim: int) -> Tensor:
+def document_mask(document_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the mask by which a position attends to itself and to earlier positions of its own document.
+
+    Args:
+        document_BS: Number of each position's document, int64 ``[B, S]``.
+        dtype: What attention computes in.
+
+    Returns:
+        0 or minus infinity, ``[B, 1, S, S]``: query, then key. No row is without a 0, as a position attends to itself.
+
+    >>> document_mask(torch.tensor([[0, 0, 1]]), torch.float32)[0, 0]
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf],
+            [-inf, -inf, 0.]])
+    """
+    # Not boolean: torch would make this very tensor from it anew in every block, and keep each one for the backward.
+    attended_BSS = (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).tril()
+    mask_BSS = torch.zeros(attended_BSS.shape, dtype=dtype, device=document_BS.device)
+    return mask_BSS.masked_fill_(~attended_BSS, float("-inf")).unsqueeze(1)
+
+
+def causal_attention(heads: Heads, *, scale: float, v_head_dim: int, mask: Tensor | None = None) -> Tensor:
     """Attend to this and earlier positions.
 
     Args:
         heads: Queries, keys and values.
         scale: Factor on the scores.
         v_head_dim: Value width V.
+        mask: What is added to the scores, ``[B, 1, S, S]``, and alone says who attends to whom
+            (:func:`document_mask`); None for all earlier positions.
 
     Returns:
         ``[B, H, S, V]``.
     """
-    out = F.scaled_dot_product_attention(heads.q_BHSW, heads.k_BHSW, heads.v_BHSW, is_causal=True, scale=scale)
+    q, k, v = heads
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=scale)
     return out[..., :v_head_dim]
 
 

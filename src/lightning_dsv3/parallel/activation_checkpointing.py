@@ -29,6 +29,7 @@ from torch.utils.checkpoint import (
 
 from lightning_dsv3.layers.block import TransformerBlock
 from lightning_dsv3.layers.router import RouterOutput
+from lightning_dsv3.ops.attention import Positions
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
@@ -45,13 +46,13 @@ class _CheckpointedBlock(TransformerBlock):
 
     context_fn: ContextFn = staticmethod(noop_context_fn)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, RouterOutput | None]:
+    def forward(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, RouterOutput | None]:
         """As the block's own."""
         if not torch.is_grad_enabled():
-            return super().forward(x_BSD, cos, sin)
+            return super().forward(x_BSD, positions)
         # Nothing in a block draws random numbers, so there is no state of a generator to keep.
         return checkpoint(
-            super().forward, x_BSD, cos, sin,
+            super().forward, x_BSD, positions,
             use_reentrant=False, preserve_rng_state=False, context_fn=self.context_fn,
         )  # fmt: skip
 

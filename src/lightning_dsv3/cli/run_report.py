@@ -27,7 +27,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 p.note, caption { color: #666; } caption { text-align: left; padding-bottom: .3rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .15rem .9rem .15rem 0; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } td.warn { color: #b00020; font-weight: 600; }
+th:first-child, td:first-child, .facts td { text-align: left; } td.warn { color: #b00020; font-weight: 600; }
 img { max-width: 100%; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
 """
 _DEAD = "an expert that got no token of the held-out text"
@@ -91,7 +91,7 @@ def _overview(summary: Mapping[str, Any], history: Sequence[Mapping[str, float]]
         ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]
     cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in rows)
-    return [f"<table>{cells}</table>"]
+    return [f'<table class="facts">{cells}</table>']
 
 
 def _bits_per_byte(summary: Mapping[str, Any]) -> list[str]:

@@ -7,10 +7,11 @@ and the ownership functions make sure that one thing alone moves a bias.
 
 from __future__ import annotations
 
-from lightning_dsv3.balance.adapter import NATIVE_ADAPTERS, DeepSeekV3RouterAdapter, RouterAdapter
+from lightning_dsv3.balance.adapter import DeepSeekV3RouterAdapter, NativeUpdater, RouterAdapter
 from lightning_dsv3.balance.averaging import averaged_copies, copy_biases
 from lightning_dsv3.balance.biases import require_float32_bias, update_biases
-from lightning_dsv3.balance.discovery import ObservedRouter, find_routers, no_router_message
+from lightning_dsv3.balance.discovery import NATIVE_ADAPTERS, ObservedRouter, find_routers, no_router_message
+from lightning_dsv3.balance.hugging_face import HuggingFaceRouterAdapter
 from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
 from lightning_dsv3.balance.observer import RouterObserver, in_recompute
 from lightning_dsv3.balance.ownership import bias_owner, claim_bias, release_bias
@@ -20,6 +21,8 @@ from lightning_dsv3.balance.steps import OptimizerStepWatcher
 __all__ = [
     "NATIVE_ADAPTERS",
     "DeepSeekV3RouterAdapter",
+    "HuggingFaceRouterAdapter",
+    "NativeUpdater",
     "ObservedRouter",
     "OptimizerStepWatcher",
     "RouterAdapter",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +16,33 @@ _BLOCK_ROUTER = re.compile(r"(?:^|\.)blocks\.(\d+)\.feed_forward\.router$")
 _MTP_ROUTER = re.compile(r"(?:^|\.)mtp\.(\d+)\.block\.feed_forward\.router$")
 
 
+@dataclass(frozen=True)
+class NativeUpdater:
+    """Something else that moves a router's bias.
+
+    Attributes:
+        name: What it is, for messages.
+        stop: Switches it off for this router; calling it again does nothing.
+    """
+
+    name: str
+    stop: Callable[[], None]
+
+
 class RouterAdapter(ABC):
     """Describes one kind of router to the observer.
 
     The observer puts a forward hook on every module that an adapter matches, and asks the adapter what the
     module's output means. An adapter holds no state: one object serves every layer.
+
+    Four methods describe a router that holds its own bias. The others have defaults, for routers whose bias
+    lives elsewhere (:meth:`bias_holder`), is moved by something else as well (:meth:`native_updater`), or that
+    cannot be observed (:meth:`refusal`).
+
+    Attributes:
+        takes_float32_bias: Whether the forward works with a float32 bias beside weights of lower precision. If
+            so, a bias that was cast is put back into float32 in place; otherwise the callback keeps the float32
+            values to itself and writes rounded ones.
 
     Example:
         >>> class GateAdapter(RouterAdapter):
@@ -38,6 +62,8 @@ class RouterAdapter(ABC):
         >>> callback = AuxFreeBalanceCallback(routers=[GateAdapter()])
     """
 
+    takes_float32_bias: bool = True
+
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Return whether ``module`` is a router of this kind."""
@@ -52,10 +78,36 @@ class RouterAdapter(ABC):
 
     @abstractmethod
     def bias(self, module: nn.Module) -> Tensor | None:
-        """Return the float32 ``[E]`` that is added to the affinities for the choice, or None without one.
+        """Return the float32 tensor that is added to the affinities for the choice, or None without one.
 
-        It is asked for anew at every update, and written in place.
+        E values of any shape: ``[E]``, ``[1, E]``. It is asked for anew at every update, and written in place.
+
+        Args:
+            module: What :meth:`bias_holder` returned; the router itself unless that is overridden.
         """
+
+    def bias_holder(self, module: nn.Module, parent: nn.Module | None) -> nn.Module:
+        """Return the module that holds the bias of the router ``module``.
+
+        Args:
+            module: The router.
+            parent: The module that the router is an attribute of, wrappers left out; None for the root.
+        """
+        return module
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Return why this router cannot be observed and what to do, or None if it can."""
+        return None
+
+    def native_updater(self, module: nn.Module, holder: nn.Module, optimizers: Sequence[Any]) -> NativeUpdater | None:
+        """Return what moves the bias besides the callback, or None.
+
+        Args:
+            module: The router.
+            holder: What holds its bias.
+            optimizers: The Trainer's optimizers, whose hooks may be what moves it.
+        """
+        return None
 
     def layer_name(self, path: str) -> str:
         """Return the layer's name in logs and load files, from the module's dotted path without wrappers."""
@@ -91,7 +143,3 @@ class DeepSeekV3RouterAdapter(RouterAdapter):
         if match := _MTP_ROUTER.search(path):
             return f"mtp_{int(match[1]) + 1}"
         return path
-
-
-NATIVE_ADAPTERS: tuple[RouterAdapter, ...] = (DeepSeekV3RouterAdapter(),)
-"""The kinds of router that are recognised without being told."""

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_dsv3.balance.adapter import NATIVE_ADAPTERS, RouterAdapter
-from lightning_dsv3.balance.discovery import ObservedRouter, find_routers
+from lightning_dsv3.balance.adapter import RouterAdapter
+from lightning_dsv3.balance.discovery import NATIVE_ADAPTERS, ObservedRouter, find_routers
 
 
 def averaged_copies(holders: Iterable[object]) -> list[nn.Module]:

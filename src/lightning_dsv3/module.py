@@ -8,32 +8,28 @@ tokens seen by the whole run, so that ranks, micro-batches and a resume do not m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_dsv3.balance import bias_owner
+from lightning_dsv3.balance import bias_owner, data_parallel_group, sum_over_ranks
 from lightning_dsv3.config import (
-    AuxFreeArgs,
-    AuxLossArgs,
     BalanceArgs,
-    ConfigError,
     DeepSeekV3Config,
     Mark,
     OptimizerConfig,
     Schedule,
 )
-from lightning_dsv3.config.run import BALANCE_METHODS
+from lightning_dsv3.config.balance import check_balance, expert_groups
 from lightning_dsv3.layers.router import Router, RouterOutput
 from lightning_dsv3.metrics import BitsPerByte
 from lightning_dsv3.model import DeepSeekV3
-from lightning_dsv3.ops.balance import Selection, batch_balance_loss, sequence_balance_loss
+from lightning_dsv3.ops.balance_methods import BalanceTerms, CountWindow, balance_terms
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, shifted_targets
 
 ScheduleLike = float | Schedule | Iterable[Mark | Mapping[str, Any]]
@@ -69,10 +65,8 @@ class DeepSeekV3Steps(_Base):
         elif isinstance(config, Mapping):
             config = DeepSeekV3Config.from_dict(config)
         self.balance = tuple(balance)
-        for method in self.balance:
-            if method not in BALANCE_METHODS:
-                raise ConfigError(f"balance={list(balance)}: {method!r} is not one of {', '.join(BALANCE_METHODS)}")
-        self.balance_args = _balance_args(balance_args)
+        self.balance_args = BalanceArgs.of(balance_args)
+        check_balance(self.balance, self.balance_args, config)
         self.mtp_loss_weight = Schedule.of(mtp_loss_weight)
         self.learning_rate = Schedule.of(learning_rate)
         self.optimizer_config = (
@@ -92,6 +86,8 @@ class DeepSeekV3Steps(_Base):
         self.model = DeepSeekV3(config)
         self.tokens_seen = 0
         self._tokens_of_step = 0  # tokens of the micro-batches since the last optimizer step, all ranks
+        self._tokens_of_first = 0  # of the first of them, this rank
+        self._balance_counts = CountWindow()
         self._bits_per_byte: dict[str, BitsPerByte] = {}
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -107,20 +103,22 @@ class DeepSeekV3Steps(_Base):
             losses["train/mtp_loss"] = mtp_loss
             # tokens_seen stands still between optimizer steps, so every micro-batch of a step has the same weight.
             total = total + self.mtp_loss_weight(self.tokens_seen) * mtp_loss
-        for method, loss in self._balance_losses(output.routing, input_ids.shape[0]).items():
-            losses[f"train/balance/{method}"] = loss
+        balance = self._balance_terms(output.routing, input_ids.shape[0])
+        for loss in balance.losses.values():
             total = total + loss
+        for name, value in (balance.losses | balance.figures).items():
+            losses[f"train/balance/{name}"] = value
         losses["train/total_loss"] = total
-        self._tokens_of_step += input_ids.numel() * self.trainer.world_size
         rows = input_ids.shape[0]
         self.log("loss", output.loss.detach(), prog_bar=True, logger=False, batch_size=rows)
         self.log_dict({key: loss.detach() for key, loss in losses.items()}, batch_size=rows)
-        return total
+        return self._weighted_by_tokens(total, input_ids.numel())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate for the tokens seen, this step's included."""
+        self._average_over_tokens(optimizer)
         self.tokens_seen += self._tokens_of_step
-        self._tokens_of_step = 0
+        self._begin_step()
         rate = self.learning_rate(self.tokens_seen)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -193,7 +191,8 @@ class DeepSeekV3Steps(_Base):
         )
 
     def on_train_start(self) -> None:
-        """Say once when the routers have a bias that nothing moves."""
+        """Begin an optimizer step; say once when the routers have a bias that nothing moves."""
+        self._begin_step()
         if "aux_free" not in self.balance:
             return
         ownerless = [name for name, m in self.named_modules() if isinstance(m, Router) and bias_owner(m) is None]
@@ -210,28 +209,44 @@ class DeepSeekV3Steps(_Base):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the tokens seen."""
         self.tokens_seen = int(checkpoint.get("tokens_seen", 0))
-        self._tokens_of_step = 0
+        self._begin_step()
 
-    def _balance_losses(self, routing: tuple[RouterOutput, ...], num_sequences: int) -> dict[str, Tensor]:
-        """Return each balance loss, summed over the routers."""
-        loss_of: dict[str, Callable[..., Tensor]] = {
-            "sequence": partial(sequence_balance_loss, num_sequences=num_sequences),
-            "batch": batch_balance_loss,
-        }
-        losses = {}
-        for method in [name for name in loss_of if name in self.balance and routing]:
-            args: AuxLossArgs = getattr(self.balance_args, method)
-            each = [
-                loss_of[method](
-                    affinity_TE=r.affinity_TE,
-                    expert_TK=r.expert_TK,
-                    alpha=args.alpha,
-                    selection=cast(Selection, args.selection),
-                )
-                for r in routing
-            ]
-            losses[method] = torch.stack(each).sum()
-        return losses
+    def _balance_terms(self, routing: tuple[RouterOutput, ...], num_sequences: int) -> BalanceTerms:
+        """Return the balance losses of a micro-batch."""
+        num_groups, groups_per_token = expert_groups(self.model.config)
+        return balance_terms(
+            routing,
+            methods=self.balance,
+            args=self.balance_args,
+            num_sequences=num_sequences,
+            num_groups=num_groups,
+            groups_per_token=groups_per_token,
+            window=self._balance_counts,
+            sum_over_ranks=lambda counts: sum_over_ranks(counts, data_parallel_group(self.trainer)),
+        )
+
+    # Lightning averages the micro-batches of a step, whatever their sizes, and divides by accumulate_grad_batches where
+    # an epoch ends early as well. How many tokens a step will have is not known at its first backward. So each loss is
+    # weighted relative to the first one's tokens, and the sum of the weights is divided out of the gradient at the end.
+    # Where all are alike, both are 1 and nothing is computed.
+
+    def _weighted_by_tokens(self, total: Tensor, num_tokens: int) -> Tensor:
+        if self._tokens_of_step == 0:
+            self._tokens_of_first = num_tokens
+        self._tokens_of_step += num_tokens * self.trainer.world_size
+        return total if num_tokens == self._tokens_of_first else total * (num_tokens / self._tokens_of_first)
+
+    def _average_over_tokens(self, optimizer: torch.optim.Optimizer) -> None:
+        even = self.trainer.accumulate_grad_batches * self._tokens_of_first * self.trainer.world_size
+        if self._tokens_of_step in (0, even):
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(even / self._tokens_of_step)
+
+    def _begin_step(self) -> None:
+        self._tokens_of_step = self._tokens_of_first = 0
+        self._balance_counts.reset()
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         input_ids = batch["input_ids"]
@@ -276,11 +291,19 @@ class DeepSeekV3Module(DeepSeekV3Steps, LightningModule):
     ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,
     ``val/<domain>/bpb`` and their mean ``val/bpb``.
 
+    Every token of an optimizer step has the same weight in its gradient, however the step is cut into micro-batches: a
+    short one, or a window with fewer of them at the end of an epoch, is weighted by its tokens (padding included; ranks
+    must have equally many). The balance losses of a micro-batch are those of :mod:`lightning_dsv3.ops.balance_losses`
+    on its tokens, so ``sequence``, ``v2`` and ``z`` are exact in this mean, ``batch`` and ``cv2`` are balance within
+    the micro-batch, and ``global_batch`` counts the choices of all ranks in the micro-batches so far of the step.
+
     Args:
         config: The model: a configuration, its dict, or a preset's name.
         balance: Any of ``aux_free`` (the routers' bias is meant to be moved by ``AuxFreeBalanceCallback``),
-            ``sequence`` and ``batch`` (balance losses).
-        balance_args: Parameters per method, as in ``{"sequence": {"alpha": 1e-4, "selection": "unbiased"}}``.
+            and the balance losses ``sequence``, ``batch``, ``global_batch``, ``v2``, ``cv2`` and ``z``
+            (:mod:`lightning_dsv3.ops.balance_losses`).
+        balance_args: Parameters per method, as in ``{"sequence": {"alpha": 1e-4, "selection": "unbiased"}}``; see
+            :class:`~lightning_dsv3.config.BalanceArgs`.
         mtp_loss_weight: Weight lambda of the MTP losses' mean: a number or a schedule of tokens.
         learning_rate: A number or a schedule of tokens.
         optimizer: AdamW's constants.
@@ -293,13 +316,3 @@ class DeepSeekV3Module(DeepSeekV3Steps, LightningModule):
         >>> module.model.config.n_routed_experts
         32
     """
-
-
-def _balance_args(values: BalanceArgs | Mapping[str, Mapping[str, Any]] | None) -> BalanceArgs:
-    if isinstance(values, BalanceArgs):
-        return values
-    kinds = {"aux_free": AuxFreeArgs, "sequence": AuxLossArgs, "batch": AuxLossArgs}
-    try:
-        return BalanceArgs(**{name: kinds[name](**dict(args)) for name, args in (values or {}).items()})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"balance_args={values!r}: {error}; known methods: {', '.join(kinds)}") from error

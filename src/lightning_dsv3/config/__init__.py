@@ -1,13 +1,11 @@
 """Configuration: typed dataclasses, presets and the ``key=value`` grammar. Imports no torch."""
 
+from lightning_dsv3.config.balance import AlphaArgs, AuxFreeArgs, AuxLossArgs, BalanceArgs, V2Args
 from lightning_dsv3.config.batch_ramp import BatchRamp, BatchSizes
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
 from lightning_dsv3.config.model import DeepSeekV3Config, ParameterCount
 from lightning_dsv3.config.presets import preset_names, read_preset
 from lightning_dsv3.config.run import (
-    AuxFreeArgs,
-    AuxLossArgs,
-    BalanceArgs,
     DataConfig,
     OptimizerConfig,
     RunConfig,
@@ -19,6 +17,7 @@ from lightning_dsv3.config.run import (
 from lightning_dsv3.config.schedule import Mark, Schedule
 
 __all__ = [
+    "AlphaArgs",
     "AuxFreeArgs",
     "AuxLossArgs",
     "BalanceArgs",
@@ -35,6 +34,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "TrainConfig",
+    "V2Args",
     "did_you_mean",
     "load_run_config",
     "preset_names",

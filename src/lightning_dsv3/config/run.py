@@ -22,15 +22,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from lightning_dsv3.config.balance import BalanceArgs, check_balance
 from lightning_dsv3.config.batch_ramp import BatchRamp, BatchSizes
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
 from lightning_dsv3.config.model import DeepSeekV3Config
 from lightning_dsv3.config.presets import GROUPS, read_preset, read_yaml
 from lightning_dsv3.config.schedule import Mark, Schedule
 
-BALANCE_METHODS = ("aux_free", "sequence", "batch")
 LOGGERS = ("csv", "tensorboard", "wandb")
-SELECTIONS = ("unbiased", "executed")
 CHECKPOINTING = ("none", "block", "keep_routing")
 COMPILE = ("none", "blocks", "model")
 SOURCE_KINDS = ("jsonl", "parquet", "text", "hf")
@@ -255,37 +254,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AuxFreeArgs:
-    """Auxiliary-loss-free balancing. ``update_rate`` replaces the schedule's bias_update_rate by a constant."""
-
-    update_rate: float | None = None
-
-
-@dataclass(frozen=True)
-class AuxLossArgs:
-    """A balance loss: its strength alpha, and whether f_i counts the un-biased top-K (report) or the executed one."""
-
-    alpha: float = 1e-4
-    selection: str = "unbiased"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ConfigError(f"balance_args.*.alpha={self.alpha}: must be 0 or more")
-        if self.selection not in SELECTIONS:
-            raise ConfigError(f"balance_args.*.selection={self.selection!r} is not one of {', '.join(SELECTIONS)}")
-
-
-@dataclass(frozen=True)
-class BalanceArgs:
-    """Parameters of each balance method."""
-
-    aux_free: AuxFreeArgs = field(default_factory=AuxFreeArgs)
-    sequence: AuxLossArgs = field(default_factory=AuxLossArgs)
-    # The report gives batch-wise balance no coefficient (4.5.3); 1e-3 is the field's usual strength.
-    batch: AuxLossArgs = field(default_factory=lambda: AuxLossArgs(alpha=1e-3))
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything that one training run needs.
 
@@ -297,7 +265,7 @@ class RunConfig:
         model: The model.
         train: Length, batch, optimizer and schedules.
         data: The corpus.
-        balance: Any of aux_free, sequence and batch.
+        balance: Any of aux_free, sequence, batch, global_batch, v2, cv2 and z.
         balance_args: Parameters of each of them.
         trainer: Arguments of Lightning's Trainer, as in ``trainer.max_steps=10``.
         loggers: Any of csv, tensorboard and wandb. ``metrics.csv`` is written in any case.
@@ -316,10 +284,10 @@ class RunConfig:
     loggers: list[str] = field(default_factory=lambda: ["csv"])
 
     def __post_init__(self) -> None:
-        for key, known in (("balance", BALANCE_METHODS), ("loggers", LOGGERS)):
-            for name in getattr(self, key):
-                if name not in known:
-                    raise ConfigError(f"{key}={getattr(self, key)}: {name!r}: {did_you_mean(name, known)}")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ConfigError(f"loggers={self.loggers}: {name!r}: {did_you_mean(name, LOGGERS)}")
+        check_balance(self.balance, self.balance_args, self.model)
         if "aux_free" in self.balance and not self.model.has_routing_bias:
             raise ConfigError(
                 f"balance={self.balance}: aux_free moves a routing bias and "

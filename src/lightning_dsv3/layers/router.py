@@ -20,11 +20,13 @@ class RouterOutput(NamedTuple):
         gate_TK: Gate values g of the chosen experts, float32 ``[T, K]``; carries the gradient.
         expert_TK: Chosen experts, int64 ``[T, K]``.
         affinity_TE: Affinities s without bias, float32 ``[T, E]``, for the balance losses.
+        logits_TE: Logits that the affinities come from, float32 ``[T, E]``, for the z-loss.
     """
 
     gate_TK: Tensor
     expert_TK: Tensor
     affinity_TE: Tensor
+    logits_TE: Tensor
 
 
 class Router(nn.Module):
@@ -61,7 +63,8 @@ class Router(nn.Module):
             Gate values, chosen experts and affinities; see :class:`RouterOutput`.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            s_TE = affinity(F.linear(x_TD.float(), self.weight.float()), self.scoring_func)
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            s_TE = affinity(logits_TE, self.scoring_func)
             with torch.no_grad():
                 expert_TK = choose_experts(
                     s_TE,
@@ -77,7 +80,7 @@ class Router(nn.Module):
                 norm_topk_prob=self.norm_topk_prob,
                 routed_scaling_factor=self.routed_scaling_factor,
             )
-        return RouterOutput(gate_TK, expert_TK, s_TE)
+        return RouterOutput(gate_TK, expert_TK, s_TE, logits_TE)
 
     def extra_repr(self) -> str:
         """Show what decides the choice."""

@@ -52,7 +52,7 @@ SMALL = CHOICE | {
     "use_expert_bias": True,
     "router_hidden_size": 8,
 }
-IS_ROUTER = re.compile(r"^class (\w+(?:Router|Gate))\(", re.M)
+IS_ROUTER = re.compile(r"^class (\w+(?:Router|Gate|Gating))\(", re.M)
 
 
 @dataclass

@@ -23,7 +23,7 @@ NOT_ROUTERS = {
     "MuseSparkResidualGate",
 }
 HASH_ROUTERS = {"DeepseekV4HashRouter"}
-REFUSED = {"DbrxRouter", "NllbMoeTop2Router", "SwitchTransformersTop1Router", "ZayaRouter"}
+REFUSED = {"DbrxRouter", "JetMoeTopKGating", "NllbMoeTop2Router", "SwitchTransformersTop1Router", "ZayaRouter"}
 # Where the bias is, if not on the router.
 ELSEWHERE = {
     "AfmoeTokenChoiceRouter": "AfmoeSparseMoeBlock.expert_bias",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lightning_dsv3.balance.adapter import DeepSeekV3RouterAdapter, NativeUpdater, RouterAdapter
 from lightning_dsv3.balance.averaging import averaged_copies, copy_biases
-from lightning_dsv3.balance.biases import require_float32_bias, update_biases
+from lightning_dsv3.balance.biases import Float32Biases, require_float32_bias, update_biases
 from lightning_dsv3.balance.discovery import NATIVE_ADAPTERS, ObservedRouter, find_routers, no_router_message
 from lightning_dsv3.balance.hugging_face import HuggingFaceRouterAdapter
 from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
@@ -21,6 +21,7 @@ from lightning_dsv3.balance.steps import OptimizerStepWatcher
 __all__ = [
     "NATIVE_ADAPTERS",
     "DeepSeekV3RouterAdapter",
+    "Float32Biases",
     "HuggingFaceRouterAdapter",
     "NativeUpdater",
     "ObservedRouter",

@@ -1,43 +1,68 @@
-"""Writing the routing biases of a model: the report's rule, applied to all layers at once."""
+"""Writing the routing biases of a model: a rule applied to all layers at once, in float32 whatever the model's dtype.
+
+The module's own tensor is the truth wherever it is float32. In a model of lower precision it often is not:
+``bf16-true``, ``.to(bfloat16)`` and FSDP's ``buffer_dtype`` cast it, then 5.0 + 0.001 == 5.0. :class:`Float32Biases`
+keeps the float32 values and puts them back: in place of the cast tensor, where the router's forward takes that
+(all routers that are recognised by themselves), else beside it, writing rounded values into the module.
+
+Whatever the module holds wins: values that are not the rounded form of those kept here have come from a checkpoint or
+from the user, and are taken over.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_dsv3.balance.discovery import ObservedRouter
-from lightning_dsv3.ops.balance import bias_step
+from lightning_dsv3.ops.balance import BiasRule, bias_step
 
 
 @torch.no_grad()
-def update_biases(routers: Sequence[ObservedRouter], counts: Sequence[Tensor], update_rate: float | Tensor) -> None:
-    """Move the bias of every router that has one by :func:`~lightning_dsv3.ops.balance.bias_step`, in place.
+def update_biases(
+    routers: Sequence[ObservedRouter],
+    counts: Sequence[Tensor],
+    update_rate: float | Tensor,
+    rule: BiasRule = bias_step,
+    biases: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Move the bias of every router that has one by a rule, in place.
 
     Layers with the same number of experts are computed together, so that the cost hardly grows with their
-    number.
+    number. Layers may differ in it.
 
     Args:
         routers: Routers; those without a bias are passed over.
         counts: Load of each router's experts, int64 ``[E]``, summed over ranks and micro-batches.
         update_rate: Bias update speed gamma. A tensor may hold 0 where the host does not know yet whether the
-            optimizer has stepped.
+            optimizer has stepped; one of shape ``[L]`` has a rate for each router.
+        rule: One of :data:`lightning_dsv3.ops.balance.BIAS_RULES`, or another function of its form.
+        biases: float32 tensors to write to, None for no bias. Default: the routers' own.
 
     Raises:
         MisconfigurationException: A bias is not float32.
     """
-    layers_by_width: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for router, counts_E in zip(routers, counts, strict=True):
-        bias_E = require_float32_bias(router)
+    if biases is None:
+        biases = [require_float32_bias(router) for router in routers]
+    layers_by_width: dict[int, list[int]] = defaultdict(list)
+    for index, bias_E in enumerate(biases):
         if bias_E is not None:
-            layers_by_width[router.num_experts].append((bias_E, counts_E.to(bias_E.device)))
+            layers_by_width[routers[index].num_experts].append(index)
     for layers in layers_by_width.values():
-        biases = [bias_E for bias_E, _ in layers]
-        moved_LE = bias_step(torch.stack(biases), torch.stack([counts_E for _, counts_E in layers]), update_rate)
-        torch._foreach_copy_(biases, list(moved_LE.unbind()))
+        written = [bias_E for index in layers if (bias_E := biases[index]) is not None]
+        device = written[0].device
+        rate = update_rate
+        if isinstance(rate, Tensor) and rate.dim() == 1:
+            rates = rate if len(layers) == len(routers) else torch.stack([rate[index] for index in layers])
+            rate = rates.to(device).unsqueeze(-1)
+        counts_LE = torch.stack([counts[index].to(device) for index in layers])
+        moved_LE = rule(torch.stack(written), counts_LE, rate)
+        torch._foreach_copy_(written, list(moved_LE.unbind()))
 
 
 def require_float32_bias(router: ObservedRouter) -> Tensor | None:
@@ -54,3 +79,81 @@ def require_float32_bias(router: ObservedRouter) -> Tensor | None:
             "`mixed_precision=MixedPrecision(..., buffer_dtype=torch.float32)`."
         )
     return bias_E
+
+
+class Float32Biases:
+    """Keeps the biases of a model in float32, by layer name.
+
+    Example:
+        >>> from lightning_dsv3.balance import find_routers
+        >>> from lightning_dsv3.config import DeepSeekV3Config
+        >>> from lightning_dsv3.layers.router import Router
+        >>> [router] = find_routers(Router(DeepSeekV3Config.from_preset("tiny")))
+        >>> biases = Float32Biases()
+        >>> _ = biases.of(router).fill_(5.001)
+        >>> router.module.bias.data = router.module.bias.bfloat16()  # what a wrapper may do
+        >>> bool((biases.of(router) == torch.tensor(5.001)).all())
+        True
+    """
+
+    def __init__(self) -> None:
+        # Of a float32 bias this is the module's own storage, so it is up to date without a copy, and stays when a
+        # wrapper casts the module's tensor.
+        self._kept: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, router: ObservedRouter) -> Tensor | None:
+        """Return the bias of ``router`` in float32 ``[E]``, to be written in place; None without one.
+
+        A bias that the module holds in lower precision is put back into float32, or else has to be written back with
+        :meth:`write_rounded` after a change.
+        """
+        tensor, bias_E = router.bias_tensor, router.bias
+        if tensor is None or bias_E is None:
+            return None
+        if bias_E.dtype == torch.float32:
+            self._kept[router.name] = bias_E.detach()
+            return bias_E
+        float_E = self._matching(router.name, bias_E)
+        if _can_replace(router, tensor):
+            # The same tensor object gets other storage: a parameter stays the one that a wrapper knows.
+            tensor.data = float_E.clone().view(tensor.shape)
+            bias_E = router.bias
+            assert bias_E is not None
+            float_E = bias_E.detach()
+        self._kept[router.name] = float_E
+        return float_E
+
+    @torch.no_grad()
+    def write_rounded(self, routers: Sequence[ObservedRouter]) -> None:
+        """Write the biases to the modules that hold them in lower precision."""
+        for router in routers:
+            bias_E = router.bias
+            if bias_E is not None and bias_E.dtype != torch.float32:
+                bias_E.copy_(self._kept[router.name])
+
+    def state(self, routers: Sequence[ObservedRouter]) -> dict[str, Tensor]:
+        """Return the float32 values of the biases that the modules hold in lower precision; for a checkpoint."""
+        return {
+            router.name: kept.cpu().clone()
+            for router in routers
+            if (bias_E := router.bias) is not None
+            and bias_E.dtype != torch.float32
+            and (kept := self.of(router)) is not None
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` returned. It counts where the module holds its rounded form."""
+        self._kept.update(state)
+
+    def _matching(self, name: str, bias_E: Tensor) -> Tensor:
+        kept_E = self._kept.get(name)
+        if kept_E is None or kept_E.shape != bias_E.shape:
+            return bias_E.float()
+        kept_E = kept_E.to(bias_E.device)
+        # Compared on the device, without waiting for it.
+        return torch.where((kept_E.to(bias_E.dtype) == bias_E).all(), kept_E, bias_E.float())
+
+
+def _can_replace(router: ObservedRouter, tensor: Tensor) -> bool:
+    return router.adapter.takes_float32_bias and not isinstance(tensor, DTensor)

@@ -95,9 +95,8 @@ def find_routers(root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_ADA
         adapter = next((adapter for adapter in adapters if adapter.matches(module)), None)
         if adapter is not None and not _is_unused_original(root, full_path):
             if problem := adapter.refusal(module):
-                raise MisconfigurationException(
-                    f"{_without_wrappers(full_path) or 'The model'} ({type(module).__name__}) cannot be balanced: {problem}"
-                )
+                where = _without_wrappers(full_path) or "The model"
+                raise MisconfigurationException(f"{where} ({type(module).__name__}) cannot be balanced: {problem}")
             found.append((full_path, module, adapter))
 
     full_paths = [full_path for full_path, _, _ in found]
@@ -125,7 +124,7 @@ def no_router_message(root: nn.Module, adapters: Sequence[RouterAdapter]) -> str
     lookalikes = [
         f"{_without_wrappers(path)} ({type(module).__name__})"
         for path, module in modules
-        if "router" in type(module).__name__.lower() or "gate" in type(module).__name__.lower()
+        if any(word in type(module).__name__.lower() for word in ("router", "gate", "gating"))
     ]
     hint = f" Looks like a router, but is of an unknown kind: {', '.join(lookalikes[:4])}." if lookalikes else ""
     if len(lookalikes) > 4:

@@ -1,8 +1,8 @@
 """The routers of Hugging Face models, told by what they are: no family is listed, and nothing is imported.
 
 A router is a module whose class comes from a ``transformers`` modelling file, or from code that a model repository
-brings along (``transformers_modules``), whose class name ends in Router or Gate, and which says from how many experts
-it chooses. Its output is a tuple in which one tensor of integers holds the chosen experts.
+brings along (``transformers_modules``), whose class name ends in Router, Gate or Gating, and which says from how many
+experts it chooses. Its output is a tuple in which one tensor of integers holds the chosen experts.
 
 The bias has three homes, by family: the router (``e_score_correction_bias``), a module inside it (``moe_statics`` of
 ERNIE, shape ``[1, E]``), or the MoE block around it, which passes it to the router as an argument (``minimax_m2``,
@@ -26,6 +26,7 @@ INSTALLED_BIAS = "selection_bias"
 """Name of the buffer that :func:`lightning_dsv3.balance.install_biases` gives a router."""
 
 _HOMES = ("transformers.models.", "transformers_modules.")
+_ENDINGS = ("Router", "Gate", "Gating")
 _BIAS_NAMES = (INSTALLED_BIAS, "e_score_correction_bias", "expert_bias")
 _NUM_EXPERTS_NAMES = ("n_routed_experts", "num_experts", "num_local_experts")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -35,6 +36,7 @@ _OTHER_WAY = (
 )
 _REFUSALS = {
     "DbrxRouter": "it returns logits only, and the choice is made elsewhere." + _OTHER_WAY,
+    "JetMoeTopKGating": "it returns the choices sorted by expert, without saying whose they are." + _OTHER_WAY,
     "SwitchTransformersTop1Router": "experts have a capacity and drop tokens; a bias has no place in its argmax."
     + _OTHER_WAY,
     "NllbMoeTop2Router": "experts have a capacity and drop tokens; a bias has no place in its argmax." + _OTHER_WAY,
@@ -98,7 +100,7 @@ def router_class_name(module: nn.Module) -> str | None:
     Base classes are looked at as well, as ``fully_shard`` puts a class of its own before the module's.
     """
     for cls in type(module).__mro__:
-        if cls.__module__.startswith(_HOMES) and cls.__name__.endswith(("Router", "Gate")):
+        if cls.__module__.startswith(_HOMES) and cls.__name__.endswith(_ENDINGS):
             return cls.__name__
     return None
 

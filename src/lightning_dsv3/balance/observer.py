@@ -16,6 +16,9 @@ Counting is one ``scatter_add_`` per router, without a host synchronisation: ``b
 device to learn the largest id. All layers share one tensor, so that one reduction serves them all, whatever
 their numbers of experts.
 
+A training observer also notes forwards whose gate values are not all finite, on the device, beside the counts: NaN
+logits choose experts like any others, so the counts cannot tell. Who takes the counts decides what to do about it.
+
 With ``num_groups``, each row of the batch belongs to a group (its domain) and the counts are kept by group.
 One more row of the table takes what belongs to no group, such as padding, and is dropped at the end.
 """
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsv3.balance.discovery import ObservedRouter
+from lightning_dsv3.balance.hugging_face import output_tensors
 from lightning_dsv3.balance.ranks import sum_over_ranks
 
 
@@ -75,6 +79,9 @@ class RouterObserver:
         self._rows = 1 if num_groups is None else num_groups + 1
         self._table: Tensor | None = None
         self._layer_tables: list[Tensor] = []
+        # The last entries of the table, one per router: forwards with gate values that are not finite.
+        self._broken_L = torch.zeros(len(self.routers), dtype=torch.int64)
+        self.broken_forwards: Tensor = self._broken_L
         self._group_B: Tensor | None = None
         self._is_open = False
         self._handles: list[Any] = []
@@ -98,12 +105,12 @@ class RouterObserver:
 
     def start(self, device: torch.device | str) -> None:
         """Make room for the counts on ``device``, set them to 0, and forget which routers have been seen."""
-        sizes = [self._rows * router.num_experts for router in self.routers]
+        sizes = self._sizes()
         # A tensor made under inference_mode, where validation hooks run, could not be written to outside of
         # it.
         with torch.inference_mode(False):
             self._table = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-            self._layer_tables = list(self._table.split(sizes))
+            *self._layer_tables, self._broken_L = self._table.split(sizes)
         self.num_experts_per_tok = [0] * len(self.routers)
         self._only_in_eval = [False] * len(self.routers)
 
@@ -130,15 +137,22 @@ class RouterObserver:
         return self._started().clone()
 
     def restore(self, snapshot: Tensor | None) -> None:
-        """Set all counts to those of a snapshot, or to 0."""
+        """Set all counts to those of a snapshot, or to 0.
+
+        Args:
+            snapshot: From :meth:`snapshot`; or the counts of all routers in one row, without what comes after them.
+        """
         table = self._started()
         if snapshot is None:
             table.zero_()
         else:
-            table.copy_(snapshot)
+            table.zero_()[: snapshot.numel()].copy_(snapshot)
 
     def take(self, group: Any = None) -> list[Tensor]:
         """Return the counts and start again from 0.
+
+        Afterwards ``broken_forwards``, int64 ``[L]``, says how many of the counted forwards of each router had gate
+        values that are not finite (a training observer only).
 
         Args:
             group: Process group to sum over, with one collective for all layers.
@@ -148,11 +162,12 @@ class RouterObserver:
         """
         counts = sum_over_ranks(self.snapshot(), group)
         self._started().zero_()
+        self.broken_forwards = counts[counts.numel() - len(self.routers) :]
         return self.split(counts)
 
     def split(self, snapshot: Tensor) -> list[Tensor]:
         """Return the counts of a snapshot per router: ``[E]``, or ``[num_groups, E]``."""
-        tables = snapshot.split([self._rows * router.num_experts for router in self.routers])
+        tables = snapshot.split(self._sizes())[:-1]
         if self._num_groups is None:
             return list(tables)
         return [table.view(self._rows, -1)[: self._num_groups] for table in tables]
@@ -168,6 +183,9 @@ class RouterObserver:
             if num_chosen == 0
         ]
 
+    def _sizes(self) -> list[int]:
+        return [*(self._rows * router.num_experts for router in self.routers), len(self.routers)]
+
     def _started(self) -> Tensor:
         assert self._table is not None, "call start() first"
         return self._table
@@ -182,6 +200,8 @@ class RouterObserver:
                 self._only_in_eval[index] = True
                 return
             self._count(index, adapter.chosen_experts(module, output))
+            if self._training:
+                self._note_broken(index, output)
 
         return count_chosen_experts
 
@@ -194,6 +214,14 @@ class RouterObserver:
             bins_TK = bins_TK + self._rows_of_tokens(index, bins_TK.shape[0]) * self.routers[index].num_experts
         bins = bins_TK.flatten()
         self._layer_tables[index].scatter_add_(0, bins, torch.ones_like(bins))
+
+    def _note_broken(self, index: int, output: Any) -> None:
+        # A NaN logit is the greatest, so its expert is chosen and its gate value is NaN: the gate values, which are the
+        # smallest of the floating-point tensors, tell for all of them.
+        rows = [tensor for tensor in output_tensors(output) if tensor.is_floating_point() and tensor.dim() > 1]
+        if rows:
+            total = min(rows, key=Tensor.numel).detach().sum(dtype=torch.float32)
+            self._broken_L[index] += (~total.isfinite()).to(self._broken_L.device)
 
     def _rows_of_tokens(self, index: int, num_tokens: int) -> Tensor:
         assert self._group_B is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,27 +12,33 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_dsv3.balance import (
     NATIVE_ADAPTERS,
+    Float32Biases,
     ObservedRouter,
     OptimizerStepWatcher,
     RouterAdapter,
     RouterObserver,
     averaged_copies,
+    broken_layers,
     claim_bias,
     copy_biases,
     data_parallel_group,
     find_routers,
+    install_biases,
+    matching_routers,
     max_violations,
+    native_updaters,
     no_router_message,
     release_bias,
-    require_float32_bias,
     sum_over_ranks,
     update_biases,
 )
+from lightning_dsv3.config import did_you_mean
+from lightning_dsv3.ops.balance import BIAS_RULES
 
 
 class AuxFreeBalanceCallback(Callback):
@@ -40,6 +47,10 @@ class AuxFreeBalanceCallback(Callback):
     It counts the experts that each router chooses in training, adds the counts up over ranks and accumulated
     micro-batches, and after each optimizer step moves every expert's bias by ``update_rate`` against its load
     (:func:`lightning_dsv3.ops.balance.bias_step`). Neither the model nor the module has a part in it.
+
+    The routers are found at any depth and through wrappers: this package's; those of Hugging Face models, wherever
+    their bias is; those of torchtitan, prime-rl, Megatron-Core, NeMo AutoModel, OLMo-core and litgpt; and any other
+    through a :class:`~lightning_dsv3.balance.RouterAdapter`. One that cannot be balanced is an error with the remedy.
 
     What counts, exactly:
 
@@ -56,6 +67,15 @@ class AuxFreeBalanceCallback(Callback):
     MaxVio of the step's whole batch, and ``moe/max_violation``, their mean. The progress bar shows the mean
     of every step as ``MaxVio``.
 
+    The bias is moved in float32, also in a model of lower precision: a bias that something has cast is put back into
+    float32, with the values it had before the cast, unless the model has been given other values since (a checkpoint
+    that is loaded wins). A bias that is a trainable parameter is taken from the optimizer (``requires_grad=False``), as
+    weight decay would shrink it.
+
+    Gate values or a bias that are not finite are an error that names the layer. The layer's bias does not move from the
+    first such step on. The error comes with that step on a CPU; on other devices when the Trainer next writes its logs
+    or ends, so that no step waits for the device.
+
     A checkpoint holds the tokens seen, and within an accumulation window its counts so far (the sum over
     ranks; after a resume they are with the first rank). Training resumes bit for bit where Lightning does, at
     optimizer steps.
@@ -67,8 +87,7 @@ class AuxFreeBalanceCallback(Callback):
     It is found by name in one Trainer's checkpoints, works under ``lightning.pytorch.Trainer`` and, passed in
     a list, under ``pytorch_lightning.Trainer``, and may be used with several models one after the other.
 
-    What it does not do: give a router a bias that has none, train with DeepSpeed, or leave padding out of the
-    counts.
+    What it does not do: train with DeepSpeed, or leave padding out of the counts.
 
     Args:
         update_rate: Bias update speed gamma: a number (0.001 in the report; 0 freezes the bias), or a
@@ -76,12 +95,24 @@ class AuxFreeBalanceCallback(Callback):
             the host wait for the device.
         routers: How private routers show their choices and bias; tried before the built-in kinds.
         dry_run: Measure and log only. Routers need no bias then.
+        rule: How a bias moves (:data:`lightning_dsv3.ops.balance.BIAS_RULES`): ``sign``, the report's;
+            ``proportional``, for softmax affinities, with a rate of 0.01; or ``centred``.
+        install_bias: Give Hugging Face routers that have no bias one (:func:`lightning_dsv3.balance.install_biases`).
+            It is in checkpoints as ``selection_bias``, and has no effect while it is 0. Their scores are mostly
+            softmax probabilities, among which a fixed step is coarse: take ``rule="proportional"`` with
+            ``update_rate=0.01``, and the report's ``sign`` with 0.001 for sigmoid scores.
+        freeze: Layers whose bias stays as it is, as fine-tuning and RL want it: True for all, or names or paths as in
+            the logs, ``*`` for any text. They are counted and logged all the same.
+        freeze_after_tokens: All biases stay as they are from the first step that goes beyond so many tokens.
+        take_over: Move also a bias that the routers' own framework moves (torchtitan's optimizer hook, Megatron's
+            ``finalize_model_grads``, ...), and switch that off. By default such a bias is left to the framework.
 
     Raises:
-        ValueError: ``update_rate`` is negative or not finite.
-        MisconfigurationException: No router was found, none has a bias, a bias is not float32 or has another
-            owner, a router was not seen in the first training batch, or the strategy accumulates gradients
-            itself.
+        ValueError: ``update_rate`` is negative or not finite, or there is no such rule or layer.
+        MisconfigurationException: No router was found, none has a bias, a bias has another owner or is sharded, a
+            router cannot be observed or was not seen in the first training batch, or the strategy accumulates
+            gradients itself.
+        RuntimeError: Gate values or a bias are not finite.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -93,13 +124,31 @@ class AuxFreeBalanceCallback(Callback):
         update_rate: float | Callable[[int], float] = 1e-3,
         routers: Sequence[RouterAdapter] | None = None,
         dry_run: bool = False,
+        rule: str = "sign",
+        *,
+        install_bias: bool = False,
+        freeze: bool | Collection[str] = False,
+        freeze_after_tokens: int | None = None,
+        take_over: bool = False,
     ) -> None:
         super().__init__()
+        if rule not in BIAS_RULES:
+            raise ValueError(f"rule={rule!r}: {did_you_mean(rule, BIAS_RULES)}")
         self.update_rate = update_rate if callable(update_rate) else _valid_rate(update_rate)
         self.dry_run = dry_run
+        self.rule = rule
+        self.install_bias = install_bias
+        self.freeze = [freeze] if isinstance(freeze, str) else freeze
+        self.freeze_after_tokens = freeze_after_tokens
+        self.take_over = take_over
         self._adapters = (*(routers or ()), *NATIVE_ADAPTERS)
         self._observer = RouterObserver([])
         self._step_watcher = OptimizerStepWatcher()
+        self._biases = Float32Biases()
+        self._installs_at_load: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._frozen: set[str] = set()
+        self._left_alone: set[str] = set()
+        self._broken_forwards = torch.zeros(0, dtype=torch.int64)
         self._group: Any = None
         self._global_step = 0
         self._tokens_seen = torch.zeros((), dtype=torch.int64)
@@ -115,10 +164,12 @@ class AuxFreeBalanceCallback(Callback):
         return int(self._tokens_seen)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(update_rate={self.update_rate!r}, dry_run={self.dry_run})"
+        return f"{type(self).__name__}(update_rate={self.update_rate!r}, dry_run={self.dry_run}, rule={self.rule!r})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the routers, own their biases, and put the hooks on before anything is compiled."""
+        if self.install_bias:
+            self._install(pl_module)
         if stage != "fit":
             return
         if trainer.strategy.handles_gradient_accumulation:
@@ -131,18 +182,25 @@ class AuxFreeBalanceCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to what the module has built in its own ``setup`` or ``configure_model``, and check it."""
+        if self.install_bias:
+            self._install(pl_module)
+        self._leave_alone_or_take_over(pl_module, trainer.optimizers)
         self._attach(pl_module)
         if not self._routers:
             raise MisconfigurationException(no_router_message(pl_module, self._adapters))
+        if isinstance(self.freeze, bool):
+            self._frozen = {router.name for router in self._routers} if self.freeze else set()
+        else:
+            self._frozen = matching_routers(self._routers, self.freeze)
         if self.dry_run:
             return
-        without_bias = [router.path for router in self._routers if require_float32_bias(router) is None]
+        without_bias = [router.path for router in self._routers if router.bias_tensor is None]
         if len(without_bias) == len(self._routers):
             raise MisconfigurationException(
                 f"None of the {len(without_bias)} routers of {type(pl_module).__name__} has a routing bias "
                 f"to move ({', '.join(without_bias[:4])}{', ...' if len(without_bias) > 4 else ''}). Give "
-                'them one (topk_method="noaux_tc" in DeepSeekV3Config), or measure only: '
-                "AuxFreeBalanceCallback(dry_run=True)."
+                'them one (topk_method="noaux_tc" in DeepSeekV3Config, install_bias=True for Hugging Face models), or '
+                "measure only: AuxFreeBalanceCallback(dry_run=True)."
             )
         if without_bias:
             rank_zero_warn(f"These routers have no bias and are only measured: {', '.join(without_bias)}")
@@ -152,6 +210,7 @@ class AuxFreeBalanceCallback(Callback):
         self._group = data_parallel_group(trainer)
         self._seen_all_routers = False
         self._observer.start(trainer.strategy.root_device)
+        self._broken_forwards = torch.zeros(len(self._routers), dtype=torch.int64, device=trainer.strategy.root_device)
         self._step_watcher.watch(trainer.optimizers)
         self._global_step = trainer.global_step
         self._tokens_seen = self._tokens_seen.to(trainer.strategy.root_device)
@@ -187,8 +246,11 @@ class AuxFreeBalanceCallback(Callback):
         # K is 0 until a forward has been seen, and the counts with it.
         self._tokens_seen += counts[0].sum() // max(1, self._observer.num_experts_per_tok[0])
         stepped = self._step_watcher.take()
+        self._broken_forwards = self._broken_forwards + self._observer.broken_forwards
         if not self.dry_run and stepped is not False:
             self._move_biases(counts, stepped)
+        if trainer.strategy.root_device.type == "cpu" or trainer._logger_connector.should_update_logs:
+            self._require_finite()
         self._log_violation(trainer, pl_module, counts)
 
     # A copy's bias is read where its weights take the live ones' place (before a validation epoch, at the end of
@@ -204,8 +266,9 @@ class AuxFreeBalanceCallback(Callback):
         self._update_averaged_copies(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give averaged copies of the model the bias."""
+        """Give averaged copies of the model the bias; say what no log has said yet."""
         self._update_averaged_copies(trainer)
+        self._require_finite()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -226,6 +289,8 @@ class AuxFreeBalanceCallback(Callback):
             "tokens_seen": self.tokens_seen,
             "window_counts": window,
         }
+        if rounded := self._biases.state(self._routers):
+            checkpoint["callbacks"][self.state_key]["float32_biases"] = rounded
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -235,6 +300,7 @@ class AuxFreeBalanceCallback(Callback):
         if state is not None:
             self._tokens_seen = torch.tensor(state["tokens_seen"], dtype=torch.int64)
             self._restored_window = dict(state["window_counts"])
+            self._biases.load_state(state.get("float32_biases", {}))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
@@ -254,10 +320,52 @@ class AuxFreeBalanceCallback(Callback):
             self._detach()
             self._observer = RouterObserver(routers)
         if not self.dry_run:
-            for router in routers:
-                if router.bias is not None:
-                    claim_bias(router.module, self, router.name)
+            self._own_biases()
         self._observer.attach()
+
+    def _own_biases(self) -> None:
+        trained = []
+        for router in self._routers:
+            tensor = router.bias_tensor
+            if tensor is None or router.name in self._left_alone:
+                continue
+            claim_bias(router.module, self, router.name)
+            if tensor.requires_grad:
+                tensor.requires_grad_(False)
+                trained.append(router.name)
+            self._biases.of(router)
+        if trained:
+            rank_zero_warn(
+                f"The routing bias was a trainable parameter, which weight decay shrinks, and is one no more "
+                f"(requires_grad=False): {', '.join(trained)}"
+            )
+
+    def _install(self, pl_module: pl.LightningModule) -> None:
+        """Give routers a bias, at the latest before a checkpoint is loaded into what ``configure_model`` builds."""
+        install_biases(pl_module, self._adapters)
+        if pl_module not in self._installs_at_load:
+            self._installs_at_load.add(pl_module)
+            pl_module.register_load_state_dict_pre_hook(lambda module, *_: install_biases(module, self._adapters))
+
+    def _leave_alone_or_take_over(self, pl_module: pl.LightningModule, optimizers: Sequence[Any]) -> None:
+        self._left_alone = set()
+        if self.dry_run:
+            return
+        updaters = native_updaters(find_routers(pl_module, self._adapters), optimizers)
+        names = ", ".join(sorted({updater.name for updater in updaters.values()}))
+        if updaters and self.take_over:
+            for updater in updaters.values():
+                updater.stop()
+            rank_zero_info(f"AuxFreeBalanceCallback moves the biases of {', '.join(updaters)} in place of {names}.")
+        elif updaters:
+            self._left_alone = set(updaters)
+            for router in self._routers:
+                if router.name in updaters:
+                    release_bias(router.module, self)
+            rank_zero_warn(
+                f"{names} moves the biases of {', '.join(updaters)} already, so AuxFreeBalanceCallback only measures "
+                "there. With take_over=True it moves them itself and switches the other off."
+            )
 
     def _detach(self) -> None:
         self._observer.detach()
@@ -279,10 +387,26 @@ class AuxFreeBalanceCallback(Callback):
         rate: float | Tensor = (
             _valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
         )
+        # What only the device knows is a factor of 0 or 1 of the rate: whether a fused optimizer has stepped, whether
+        # the gate values were finite. A rate of 0 leaves a bias as it is.
+        rates = rate * (self._broken_forwards == 0).to(torch.float32)
         if isinstance(stepped, Tensor):
-            # Only the device knows whether a fused optimizer has stepped; a rate of 0 leaves the bias as it is.
-            rate = stepped.to(torch.float32) * rate
-        update_biases(self._routers, counts, rate)
+            rates = stepped.to(torch.float32) * rates
+        if self.freeze_after_tokens is not None:
+            rates = (self._tokens_seen <= self.freeze_after_tokens).to(torch.float32) * rates
+        held = self._left_alone | self._frozen
+        moved = [router for router in self._routers if router.name not in held]
+        biases = [None if router.name in held else self._biases.of(router) for router in self._routers]
+        update_biases(self._routers, counts, rates, BIAS_RULES[self.rule], biases)
+        self._biases.write_rounded(moved)
+
+    def _require_finite(self) -> None:
+        problems = [] if self.dry_run else broken_layers(self._routers, self._broken_forwards)
+        if problems:
+            raise RuntimeError(
+                f"Routing has broken down in {'; '.join(problems)}. Their biases have not moved since. Go back to a "
+                "checkpoint before that, and look at the learning rate, the loss scale and the data of these steps."
+            )
 
     def _update_averaged_copies(self, trainer: pl.Trainer) -> None:
         # Also after an exception, when the model is no longer this callback's: a checkpoint may yet be saved.

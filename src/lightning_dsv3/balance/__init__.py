@@ -10,11 +10,19 @@ from __future__ import annotations
 from lightning_dsv3.balance.adapter import DeepSeekV3RouterAdapter, NativeUpdater, RouterAdapter
 from lightning_dsv3.balance.averaging import averaged_copies, copy_biases
 from lightning_dsv3.balance.biases import Float32Biases, require_float32_bias, update_biases
-from lightning_dsv3.balance.discovery import NATIVE_ADAPTERS, ObservedRouter, find_routers, no_router_message
+from lightning_dsv3.balance.discovery import (
+    NATIVE_ADAPTERS,
+    ObservedRouter,
+    find_routers,
+    matching_routers,
+    no_router_message,
+)
+from lightning_dsv3.balance.health import broken_layers
 from lightning_dsv3.balance.hugging_face import HuggingFaceRouterAdapter
+from lightning_dsv3.balance.installation import install_biases
 from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
 from lightning_dsv3.balance.observer import RouterObserver, in_recompute
-from lightning_dsv3.balance.ownership import bias_owner, claim_bias, release_bias
+from lightning_dsv3.balance.ownership import bias_owner, claim_bias, native_updaters, release_bias
 from lightning_dsv3.balance.ranks import data_parallel_group, max_over_ranks, sum_over_ranks
 from lightning_dsv3.balance.steps import OptimizerStepWatcher
 
@@ -30,14 +38,18 @@ __all__ = [
     "RouterObserver",
     "averaged_copies",
     "bias_owner",
+    "broken_layers",
     "claim_bias",
     "copy_biases",
     "data_parallel_group",
     "expert_loads",
     "find_routers",
     "in_recompute",
+    "install_biases",
+    "matching_routers",
     "max_over_ranks",
     "max_violations",
+    "native_updaters",
     "no_router_message",
     "release_bias",
     "require_float32_bias",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -116,6 +117,22 @@ def find_routers(root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_ADA
         )
         for name, path, (full_path, module, adapter) in zip(names, paths, found, strict=True)
     ]
+
+
+def matching_routers(routers: Sequence[ObservedRouter], patterns: Iterable[str]) -> set[str]:
+    """Return the names of the routers whose name or path is like one of ``patterns`` (``*`` for any text).
+
+    Raises:
+        ValueError: A pattern is like none.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        like = {router.name for router in routers if fnmatch(router.name, pattern) or fnmatch(router.path, pattern)}
+        if not like:
+            known = ", ".join(router.name for router in routers)
+            raise ValueError(f"No router is like {pattern!r}. The model's routers: {known}.")
+        found |= like
+    return found
 
 
 def no_router_message(root: nn.Module, adapters: Sequence[RouterAdapter]) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+
+from lightning_dsv3.balance.adapter import NativeUpdater
+from lightning_dsv3.balance.discovery import ObservedRouter
 
 # Weak on both sides: neither a model nor an owner lives longer because of a claim.
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -42,3 +46,19 @@ def bias_owner(router: nn.Module) -> object | None:
     """Return what moves the bias of ``router``, or None where nothing does."""
     reference = _owners.get(router)
     return None if reference is None else reference()
+
+
+def native_updaters(routers: Sequence[ObservedRouter], optimizers: Sequence[Any]) -> dict[str, NativeUpdater]:
+    """Return by layer name what moves biases besides any callback, such as a hook of the routers' own framework.
+
+    Args:
+        routers: Routers; those without a bias are passed over.
+        optimizers: The Trainer's optimizers.
+    """
+    found = {}
+    for router in routers:
+        if router.bias_tensor is not None:
+            updater = router.adapter.native_updater(router.module, router.holder, optimizers)
+            if updater is not None:
+                found[router.name] = updater
+    return found

@@ -1,0 +1,26 @@
+"""Which layers have stopped making sense: NaN where routers choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_dsv3.balance.discovery import ObservedRouter
+
+
+def broken_layers(routers: Sequence[ObservedRouter], broken_forwards: Tensor) -> list[str]:
+    """Return what is wrong with routers, by layer; empty if all is well. It waits for the device.
+
+    Args:
+        routers: The routers.
+        broken_forwards: For each, the forwards whose gate values were not all finite, int64 ``[L]``.
+    """
+    problems = []
+    for router, forwards in zip(routers, broken_forwards.tolist(), strict=True):
+        bias_E = router.bias
+        if bias_E is not None and not bool(bias_E.isfinite().all()):
+            problems.append(f"{router.name} ({router.path}): its bias is not finite")
+        elif forwards:
+            problems.append(f"{router.name} ({router.path}): its gate values were not finite in {forwards} forwards")
+    return problems

@@ -25,11 +25,12 @@ from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 def main() -> None:
     """Run what the command line asks for."""
     config = load_run_config(sys.argv[1:])
-    train, rate = config.train, config.balance_args.aux_free.update_rate
+    train, aux_free = config.train, config.balance_args.aux_free
     run = RunFolder(config)
     monitor = ExpertLoadMonitor()
     balance = AuxFreeBalanceCallback(
-        update_rate=train.scheduled("bias_update_rate") if rate is None else rate,
+        update_rate=train.scheduled("bias_update_rate") if aux_free.update_rate is None else aux_free.update_rate,
+        rule=aux_free.rule,
         dry_run="aux_free" not in config.balance,  # still measures MaxVio
     )
     arguments = {

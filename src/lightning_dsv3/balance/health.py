@@ -22,5 +22,5 @@ def broken_layers(routers: Sequence[ObservedRouter], broken_forwards: Tensor) ->
         if bias_E is not None and not bool(bias_E.isfinite().all()):
             problems.append(f"{router.name} ({router.path}): its bias is not finite")
         elif forwards:
-            problems.append(f"{router.name} ({router.path}): its gate values were not finite in {forwards} forwards")
+            problems.append(f"{router.name} ({router.path}): its gate values were not finite in {forwards} forward(s)")
     return problems

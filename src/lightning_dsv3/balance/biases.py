@@ -11,12 +11,13 @@ from the user, and are taken over.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dsv3.balance.discovery import ObservedRouter
@@ -82,7 +83,7 @@ def require_float32_bias(router: ObservedRouter) -> Tensor | None:
 
 
 class Float32Biases:
-    """Keeps the biases of a model in float32, by layer name.
+    """Keeps the biases of models in float32.
 
     Example:
         >>> from lightning_dsv3.balance import find_routers
@@ -99,7 +100,8 @@ class Float32Biases:
     def __init__(self) -> None:
         # Of a float32 bias this is the module's own storage, so it is up to date without a copy, and stays when a
         # wrapper casts the module's tensor.
-        self._kept: dict[str, Tensor] = {}
+        self._kept: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+        self._loaded: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def of(self, router: ObservedRouter) -> Tensor | None:
@@ -112,16 +114,16 @@ class Float32Biases:
         if tensor is None or bias_E is None:
             return None
         if bias_E.dtype == torch.float32:
-            self._kept[router.name] = bias_E.detach()
+            self._kept[router.module] = bias_E.detach()
             return bias_E
-        float_E = self._matching(router.name, bias_E)
+        float_E = self._matching(router, bias_E)
         if _can_replace(router, tensor):
             # The same tensor object gets other storage: a parameter stays the one that a wrapper knows.
             tensor.data = float_E.clone().view(tensor.shape)
             bias_E = router.bias
             assert bias_E is not None
             float_E = bias_E.detach()
-        self._kept[router.name] = float_E
+        self._kept[router.module] = float_E
         return float_E
 
     @torch.no_grad()
@@ -130,7 +132,7 @@ class Float32Biases:
         for router in routers:
             bias_E = router.bias
             if bias_E is not None and bias_E.dtype != torch.float32:
-                bias_E.copy_(self._kept[router.name])
+                bias_E.copy_(self._kept[router.module])
 
     def state(self, routers: Sequence[ObservedRouter]) -> dict[str, Tensor]:
         """Return the float32 values of the biases that the modules hold in lower precision; for a checkpoint."""
@@ -144,15 +146,17 @@ class Float32Biases:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` returned. It counts where the module holds its rounded form."""
-        self._kept.update(state)
+        self._loaded = dict(state)
 
-    def _matching(self, name: str, bias_E: Tensor) -> Tensor:
-        kept_E = self._kept.get(name)
-        if kept_E is None or kept_E.shape != bias_E.shape:
-            return bias_E.float()
-        kept_E = kept_E.to(bias_E.device)
-        # Compared on the device, without waiting for it.
-        return torch.where((kept_E.to(bias_E.dtype) == bias_E).all(), kept_E, bias_E.float())
+    def _matching(self, router: ObservedRouter, bias_E: Tensor) -> Tensor:
+        float_E = bias_E.float()
+        # Those of a checkpoint come last and win: its rounded values may have been loaded into a float32 tensor.
+        for known_E in (self._kept.get(router.module), self._loaded.pop(router.name, None)):
+            if known_E is not None and known_E.shape == bias_E.shape:
+                known_E = known_E.to(bias_E.device)
+                # Compared on the device, without waiting for it.
+                float_E = torch.where((known_E.to(bias_E.dtype) == bias_E).all(), known_E, float_E)
+        return float_E
 
 
 def _can_replace(router: ObservedRouter, tensor: Tensor) -> bool:

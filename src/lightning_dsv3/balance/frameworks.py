@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsv3.balance.adapter import NativeUpdater, RouterAdapter
-from lightning_dsv3.balance.hugging_face import chosen_experts
+from lightning_dsv3.balance.hugging_face import chosen_experts, numbered_layer
 
 _TITAN_HOOK = "register_moe_load_balancing_hook"
 
@@ -73,6 +73,10 @@ class FrameworkRouterAdapter(RouterAdapter):
         if self.bias(module) is None and parent is not None and self.bias(parent) is not None:
             return parent
         return module
+
+    def layer_name(self, path: str) -> str:
+        """Return ``layer_<index of the layer>``, or the whole path of what is in no numbered layer."""
+        return numbered_layer(path)
 
 
 class TorchtitanRouterAdapter(FrameworkRouterAdapter):

@@ -30,7 +30,7 @@ _ENDINGS = ("Router", "Gate", "Gating")
 _BIAS_NAMES = (INSTALLED_BIAS, "e_score_correction_bias", "expert_bias")
 _NUM_EXPERTS_NAMES = ("n_routed_experts", "num_experts", "num_local_experts")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _OTHER_WAY = (
     " Describe how it chooses with a lightning_dsv3.balance.RouterAdapter (routers=[...]), or take the callback out."
 )
@@ -90,8 +90,13 @@ class HuggingFaceRouterAdapter(RouterAdapter):
 
     def layer_name(self, path: str) -> str:
         """Return ``layer_<index of the layer>``; the whole path where a model has several stacks of layers."""
-        match = _LAYER.search(path)
-        return f"layer_{match[1]}" if match else path
+        return numbered_layer(path)
+
+
+def numbered_layer(path: str) -> str:
+    """Return ``layer_<index>`` for a path through a numbered layer, else the path."""
+    match = _LAYER.search(path)
+    return f"layer_{match[1]}" if match else path
 
 
 def router_class_name(module: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dsv3.callbacks import AuxFreeBalanceCallback
 from lightning_dsv3.config import ConfigError, DeepSeekV3Config, Schedule
+from lightning_dsv3.data import DeepSeekV3DataModule
 from lightning_dsv3.layers.router import Router
 from lightning_dsv3.module import DeepSeekV3Module
 from lightning_dsv3.parallel import checkpoint_blocks, compile_model
@@ -252,3 +253,12 @@ def test_model_learns(tmp_path: Path) -> None:
 def test_impossible_arguments_are_named(arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         module(**arguments)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_text_with_ids_that_the_model_does_not_have_is_refused(stage: str, tmp_path: Path) -> None:
+    data = DeepSeekV3DataModule(
+        vocab_size=512, sequence_length=8, documents={"prose": ["It was the best of times."] * 9}
+    )
+    with pytest.raises(ConfigError, match=r"vocab_size=512 of the data module: the model has vocab_size=61"):
+        getattr(trainer(tmp_path), stage)(module(), datamodule=data)

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_dsv3.balance import bias_owner, data_parallel_group, sum_over_ranks
 from lightning_dsv3.config import (
     BalanceArgs,
+    ConfigError,
     DeepSeekV3Config,
     Mark,
     OptimizerConfig,
@@ -89,6 +90,16 @@ class DeepSeekV3Steps(_Base):
         self._tokens_of_first = 0  # of the first of them, this rank
         self._balance_counts = CountWindow()
         self._bits_per_byte: dict[str, BitsPerByte] = {}
+
+    def setup(self, stage: str) -> None:
+        """Refuse text with ids that the model does not have, before one of them is looked up."""
+        tokens = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", 0)
+        known = self.model.config.vocab_size
+        if tokens > known:
+            raise ConfigError(
+                f"vocab_size={tokens} of the data module: the model has vocab_size={known}; give the data module "
+                f"vocab_size={known}, or the model as many ids as the tokenizer"
+            )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the total loss of a micro-batch."""

@@ -270,7 +270,7 @@ def importance_loss(*, gate_TK: Tensor, expert_TK: Tensor, num_experts: int, alp
             token and normalised gate values all are 1 and no gradient flows.
         expert_TK: Chosen experts, integers ``[T, K]``.
         num_experts: Number of experts E.
-        alpha: The weight w_importance; the paper tries 0.01 to 1.0.
+        alpha: The weight w_importance.
 
     Returns:
         float32 scalar; 0 when balanced, at most ``alpha * (E - 1)``.

@@ -103,14 +103,15 @@ class LanguageModel(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
 
 
-def tokens(num_rows: int = 6, length: int = 9) -> DataLoader:
+def tokens(num_rows: int = 6, length: int = 9, rank: int = 0, num_ranks: int = 1) -> DataLoader:
     rows = torch.randint(0, VOCABULARY, (num_rows, length), generator=torch.Generator().manual_seed(1))
-    return DataLoader(rows, batch_size=2)
+    return DataLoader(rows[rank::num_ranks], batch_size=2)
 
 
 def fit(module: LanguageModel, *callbacks: Any, ckpt_path: Any = None, rows: int = 6, **arguments: Any) -> pl.Trainer:
-    trainer = make_trainer(*callbacks, **arguments)
-    trainer.fit(module, tokens(rows), ckpt_path=ckpt_path)
+    trainer = make_trainer(*callbacks, use_distributed_sampler=False, **arguments)
+    loader = tokens(rows, rank=trainer.global_rank, num_ranks=trainer.world_size)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -172,6 +172,7 @@ class AuxFreeBalanceCallback(Callback):
             self._install(pl_module)
         if stage != "fit":
             return
+        self._left_alone = set()
         if trainer.strategy.handles_gradient_accumulation:
             raise MisconfigurationException(
                 f"{type(trainer.strategy).__name__} accumulates gradients and skips steps by itself: "

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+
+from lightning_dsv3.balance import find_routers, install_biases
 
 HIDDEN, EXPERTS, CHOSEN, TOKENS = 16, 8, 2, 63
 # Names of sizes in configurations. One that is there gets the small value; those of CHOICE also in place of None.
@@ -200,3 +203,47 @@ def bias_name(holder: nn.Module) -> str:
     tensors = [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]
     [name] = [name for name, _ in tensors if name in ("expert_bias", "e_score_correction_bias")]
     return name
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One router class in the table of families.
+
+    Attributes:
+        family: Folder of the modelling file.
+        router: The class.
+        bias: Where the bias is, ``Class.attribute``; empty without one.
+        status: ``attached``, ``install_bias=True``, ``refused`` (by an error), ``measured only`` (no bias can be
+            given), or ``passed over`` (nothing is chosen there, or by a fixed table).
+    """
+
+    family: str
+    router: str
+    bias: str
+    status: str
+
+
+def family_table() -> list[FamilyRow]:
+    """Return a row for every class named Router, Gate or Gating in the installed transformers, found by trying."""
+    return [family_row(entry) for entry in router_classes()]
+
+
+def family_row(entry: tuple[str, str, str]) -> FamilyRow:
+    family, _, name = entry
+    case = router_case(*entry)
+    if case is None:
+        return FamilyRow(family, name, "", "passed over")
+    try:
+        routers = [router for router in find_routers(case.root) if router.module is case.router]
+    except MisconfigurationException:
+        return FamilyRow(family, name, "", "refused")
+    if not routers:
+        return FamilyRow(family, name, "", "passed over")
+    if routers[0].bias_tensor is not None:
+        home = f"{type(routers[0].holder).__name__}.{bias_name(routers[0].holder)}"
+        return FamilyRow(family, name, home, "attached")
+    try:
+        install_biases(case.root)
+    except MisconfigurationException:
+        return FamilyRow(family, name, "", "measured only")
+    return FamilyRow(family, name, "", "install_bias=True")

@@ -127,6 +127,21 @@ def test_an_adapter_of_ones_own_comes_before_a_refusal():
     assert router.bias is None
 
 
+def test_the_table_says_of_every_class_what_happens():
+    """Built for one class of each kind; the tests above and those of installation hold all of them."""
+    wanted = {
+        "DeepseekV3TopkRouter": ("DeepseekV3TopkRouter.e_score_correction_bias", "attached"),
+        "MiniMaxM2TopKRouter": ("MiniMaxM2SparseMoeBlock.e_score_correction_bias", "attached"),
+        "MixtralTopKRouter": ("", "install_bias=True"),
+        "PhimoeTopKRouter": ("", "measured only"),
+        "ZayaRouter": ("", "refused"),
+        "DeepseekV4HashRouter": ("", "passed over"),
+        "DFineGate": ("", "passed over"),
+    }
+    rows = [foreign_models.family_row(entry) for entry in CLASSES if entry[2] in wanted]
+    assert {row.router: (row.bias, row.status) for row in rows} == wanted
+
+
 class TestHome:
     """Where a class comes from decides, and wrappers do not hide it."""
 

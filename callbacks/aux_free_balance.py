@@ -29,6 +29,7 @@ from lightning_dsv3.balance import (
     data_parallel_group,
     find_routers,
     install_biases,
+    install_biases_before_loading,
     matching_routers,
     max_violations,
     native_updaters,
@@ -173,6 +174,8 @@ class AuxFreeBalanceCallback(Callback):
         if stage != "fit":
             return
         self._left_alone = set()
+        if not self.take_over:  # hooks of optimizers, which are not there yet, are asked for in on_fit_start
+            self._left_alone = set(native_updaters(find_routers(pl_module, self._adapters), ()))
         if trainer.strategy.handles_gradient_accumulation:
             raise MisconfigurationException(
                 f"{type(trainer.strategy).__name__} accumulates gradients and skips steps by itself: "
@@ -346,7 +349,7 @@ class AuxFreeBalanceCallback(Callback):
         install_biases(pl_module, self._adapters)
         if pl_module not in self._installs_at_load:
             self._installs_at_load.add(pl_module)
-            pl_module.register_load_state_dict_pre_hook(lambda module, *_: install_biases(module, self._adapters))
+            install_biases_before_loading(pl_module, self._adapters)
 
     def _leave_alone_or_take_over(self, pl_module: pl.LightningModule, optimizers: Sequence[Any]) -> None:
         self._left_alone = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import foreign_models
 import pytest
@@ -145,6 +146,15 @@ class TestModule:
         assert (copied(x)[2] == 3).any(-1).all()
         assert not (router(x)[2] == 3).any(-1).all()
 
+    def test_it_can_be_pickled(self):
+        router = build("MixtralTopKRouter")
+        install_biases(router)
+        router.selection_bias[3] = 100.0
+        loaded = pickle.loads(pickle.dumps(router))
+        x = torch.randn(9, HIDDEN)
+        assert type(loaded) is type(router)
+        assert all(torch.equal(a, b) for a, b in zip(router(x), loaded(x), strict=True))
+
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_works_under_activation_checkpointing(self, use_reentrant):
         router = build("MixtralTopKRouter")
@@ -251,6 +261,17 @@ class TestCheckpoints:
         biases = [[router.bias.tolist() for router in find_routers(each.model)] for each in (module, again)]
         assert any(biases[0][0])
         assert biases[0] == biases[1]
+
+    def test_a_checkpoint_from_before_the_bias_is_loaded_and_starts_at_0(self, tmp_path):
+        path = tmp_path / "before.ckpt"
+        fit(LanguageModel(build_model("mixtral"))).save_checkpoint(path)
+        module = LanguageModel(build_model("mixtral"))
+        fit(module, AuxFreeBalanceCallback(RATE, install_bias=True), ckpt_path=path, max_epochs=2)
+        values = {
+            round(abs(value) / RATE, 3) for router in find_routers(module.model) for value in router.bias.tolist()
+        }
+        assert values <= {0.0, 1.0, 2.0, 3.0}
+        assert values != {0.0}
 
     def test_validation_of_a_checkpoint_uses_its_bias(self, tmp_path):
         path = tmp_path / "last.ckpt"

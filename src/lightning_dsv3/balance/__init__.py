@@ -19,8 +19,9 @@ from lightning_dsv3.balance.discovery import (
 )
 from lightning_dsv3.balance.health import broken_layers
 from lightning_dsv3.balance.hugging_face import HuggingFaceRouterAdapter
-from lightning_dsv3.balance.installation import install_biases
+from lightning_dsv3.balance.installation import install_biases, install_biases_before_loading
 from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
+from lightning_dsv3.balance.loops import balanced
 from lightning_dsv3.balance.observer import RouterObserver, in_recompute
 from lightning_dsv3.balance.ownership import bias_owner, claim_bias, native_updaters, release_bias
 from lightning_dsv3.balance.ranks import data_parallel_group, max_over_ranks, sum_over_ranks
@@ -37,6 +38,7 @@ __all__ = [
     "RouterAdapter",
     "RouterObserver",
     "averaged_copies",
+    "balanced",
     "bias_owner",
     "broken_layers",
     "claim_bias",
@@ -46,6 +48,7 @@ __all__ = [
     "find_routers",
     "in_recompute",
     "install_biases",
+    "install_biases_before_loading",
     "matching_routers",
     "max_over_ranks",
     "max_violations",

@@ -15,7 +15,8 @@ litgpt          ``GroupedTopkRouter``           ``e_score_correction_bias``   no
 ==============  ==============================  ============================  ==========================================
 
 The contracts were read from source: torchtitan 0.3.0, Megatron-Core 0.19.2, NeMo AutoModel 0.7.0, OLMo-core fa6c501,
-litgpt 0.5.13, prime-rl 559b447.
+litgpt 0.5.13, prime-rl 559b447. The tests run torchtitan's and litgpt's real MoE layers where these packages are
+installed; the other frameworks were met only as stand-ins that were written from their source.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ and refused by name if it does not do what is said here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,8 +67,28 @@ def install_biases(root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_A
     return installed
 
 
+def install_biases_before_loading(root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_ADAPTERS) -> None:
+    """Let ``root`` give its routers a bias also at the moment that a state dict is loaded into it.
+
+    That serves routers that are built late (``configure_model``), and a state dict from before there were biases: what
+    it lacks stays as it is.
+    """
+    root.register_load_state_dict_pre_hook(functools.partial(_before_loading, tuple(adapters)))
+
+
+def _before_loading(
+    adapters: Sequence[RouterAdapter], root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    install_biases(root, adapters)
+    for path, module in root.named_modules(prefix=prefix.rstrip(".")):
+        if isinstance(module, _WithInstalledBias):
+            state_dict.setdefault(f"{path}.{INSTALLED_BIAS}".lstrip("."), getattr(module, INSTALLED_BIAS))
+
+
 class _WithInstalledBias(nn.Module):
     """What the derived class of a router has besides the router's own class."""
+
+    own_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the router's own forward with the bias added where experts are chosen."""
@@ -81,6 +102,26 @@ class _WithInstalledBias(nn.Module):
         if after.dtype != torch.float32:  # take the device, keep the dtype
             setattr(self, INSTALLED_BIAS, before.to(device=after.device, dtype=torch.float32))
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the router's own class, as the derived one can be imported from nowhere."""
+        return _new_with_bias, (self.own_class,), self.__dict__.copy()
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _class_with_bias(own_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the derived class, the same one for all routers of a class."""
+    if own_class not in _classes:
+        names = {"__module__": own_class.__module__, "__qualname__": own_class.__qualname__, "own_class": own_class}
+        _classes[own_class] = type(own_class.__name__, (_WithInstalledBias, own_class), names)
+    return _classes[own_class]
+
+
+def _new_with_bias(own_class: type[nn.Module]) -> nn.Module:
+    cls = _class_with_bias(own_class)
+    return cls.__new__(cls)
 
 
 class _BiasedChoice(TorchFunctionMode):
@@ -137,11 +178,7 @@ def _install(router: ObservedRouter) -> None:
     own_class = type(module)
     bias_E = torch.zeros(router.num_experts, dtype=torch.float32, device=parameter.device)
     module.register_buffer(INSTALLED_BIAS, bias_E)
-    module.__class__ = type(
-        own_class.__name__,
-        (_WithInstalledBias, own_class),
-        {"__module__": own_class.__module__, "__qualname__": own_class.__qualname__},
-    )
+    module.__class__ = _class_with_bias(own_class)
     problem = _problem(router, x, before)
     module.train(was_training)
     if problem:

@@ -102,6 +102,7 @@ class Float32Biases:
         # wrapper casts the module's tensor.
         self._kept: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self._loaded: dict[str, Tensor] = {}
+        self._writes_rounded = False
 
     @torch.no_grad()
     def of(self, router: ObservedRouter) -> Tensor | None:
@@ -110,9 +111,10 @@ class Float32Biases:
         A bias that the module holds in lower precision is put back into float32, or else has to be written back with
         :meth:`write_rounded` after a change.
         """
-        tensor, bias_E = router.bias_tensor, router.bias
-        if tensor is None or bias_E is None:
+        tensor = router.bias_tensor
+        if tensor is None:
             return None
+        bias_E = router.as_row(tensor)
         if bias_E.dtype == torch.float32:
             self._kept[router.module] = bias_E.detach()
             return bias_E
@@ -120,16 +122,16 @@ class Float32Biases:
         if _can_replace(router, tensor):
             # The same tensor object gets other storage: a parameter stays the one that a wrapper knows.
             tensor.data = float_E.clone().view(tensor.shape)
-            bias_E = router.bias
-            assert bias_E is not None
-            float_E = bias_E.detach()
+            float_E = router.as_row(tensor).detach()
+        else:
+            self._writes_rounded = True
         self._kept[router.module] = float_E
         return float_E
 
     @torch.no_grad()
     def write_rounded(self, routers: Sequence[ObservedRouter]) -> None:
         """Write the biases to the modules that hold them in lower precision."""
-        for router in routers:
+        for router in routers if self._writes_rounded else ():
             bias_E = router.bias
             if bias_E is not None and bias_E.dtype != torch.float32:
                 bias_E.copy_(self._kept[router.module])

@@ -63,8 +63,10 @@ class ObservedRouter:
             MisconfigurationException: This process holds a part of it only.
         """
         tensor = self.bias_tensor
-        if tensor is None:
-            return None
+        return None if tensor is None else self.as_row(tensor)
+
+    def as_row(self, tensor: Tensor) -> Tensor:
+        """Return ``bias_tensor`` as a view ``[E]``; see :attr:`bias`."""
         is_sharded = isinstance(tensor, DTensor) and not all(
             placement.is_replicate() for placement in tensor.placements
         )

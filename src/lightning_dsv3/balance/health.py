@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_dsv3.balance.discovery import ObservedRouter
@@ -16,9 +17,13 @@ def broken_layers(routers: Sequence[ObservedRouter], broken_forwards: Tensor) ->
         routers: The routers.
         broken_forwards: For each, the forwards whose gate values were not all finite, int64 ``[L]``.
     """
+    biases = {router.name: bias_E for router in routers if (bias_E := router.bias) is not None}
+    sums = torch.stack([bias_E.sum(dtype=torch.float32) for bias_E in biases.values()]) if biases else torch.zeros(1)
+    if bool(sums.isfinite().all()) and not bool(broken_forwards.any()):
+        return []
     problems = []
     for router, forwards in zip(routers, broken_forwards.tolist(), strict=True):
-        bias_E = router.bias
+        bias_E = biases.get(router.name)
         if bias_E is not None and not bool(bias_E.isfinite().all()):
             problems.append(f"{router.name} ({router.path}): its bias is not finite")
         elif forwards:

@@ -81,6 +81,7 @@ class RouterObserver:
         self._layer_tables: list[Tensor] = []
         # The last entries of the table, one per router: forwards with gate values that are not finite.
         self._broken_L = torch.zeros(len(self.routers), dtype=torch.int64)
+        self._broken: list[Tensor] = []
         self.broken_forwards: Tensor = self._broken_L
         self._group_B: Tensor | None = None
         self._is_open = False
@@ -111,6 +112,7 @@ class RouterObserver:
         with torch.inference_mode(False):
             self._table = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
             *self._layer_tables, self._broken_L = self._table.split(sizes)
+            self._broken = list(self._broken_L.unbind())
         self.num_experts_per_tok = [0] * len(self.routers)
         self._only_in_eval = [False] * len(self.routers)
 
@@ -221,7 +223,8 @@ class RouterObserver:
         rows = [tensor for tensor in output_tensors(output) if tensor.is_floating_point() and tensor.dim() > 1]
         if rows:
             total = min(rows, key=Tensor.numel).detach().sum(dtype=torch.float32)
-            self._broken_L[index] += (~total.isfinite()).to(self._broken_L.device)
+            # 0 times a finite number is 0, and else NaN.
+            self._broken[index].add_((total * 0).ne(0).to(self._broken_L.device))
 
     def _rows_of_tokens(self, index: int, num_tokens: int) -> Tensor:
         assert self._group_B is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import foreign_models
 import pytest
 import torch
 from foreign_models import CHOSEN, EXPERTS, TOKENS
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_dsv3.balance import NATIVE_ADAPTERS, HuggingFaceRouterAdapter, RouterAdapter, find_routers
 
@@ -184,8 +187,6 @@ class TestWrappers:
     @pytest.mark.parametrize("wrapped", ["router", "block", "model"])
     @pytest.mark.parametrize("wrapper", ["compile", "checkpoint", "ddp"])
     def test_a_bias_on_the_block(self, case, wrapped, wrapper):
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
         def wrap(module: nn.Module) -> nn.Module:
             if wrapper == "ddp":  # what DistributedDataParallel makes of the path
                 holder = nn.Module()
@@ -205,8 +206,6 @@ class TestWrappers:
         assert router.holder is block
 
     def test_peft_modules_to_save_are_followed_to_the_copy_that_trains(self, case):
-        import copy
-
         block = case.block
         saved = nn.Module()
         saved.original_module = block.gate

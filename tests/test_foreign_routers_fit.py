@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from foreign_training import RATE, WITH_BIAS, WITHOUT_BIAS, LanguageModel, build_model, fit, moved
+import transformers
+from foreign_training import COMMON, RATE, WITH_BIAS, WITHOUT_BIAS, LanguageModel, build_model, fit, moved, tokens
+from tiny_moe import make_trainer
 from torch import nn
 
 from lightning_dsv3.balance import find_routers
@@ -47,6 +49,45 @@ def test_a_model_without_a_bias_follows_the_rule_when_it_gets_one(family):
     assert module.steps == 3
 
 
+def test_a_model_with_hash_routers_is_moved_in_its_learned_layers_only():
+    settings = {"mlp_layer_types": ["hash_moe", "moe"], "layer_types": ["sliding_attention"] * 2, "o_groups": 2}
+    settings |= {"n_routed_experts": 8, "q_lora_rank": 8, "head_dim": 8, "o_lora_rank": 8, "index_head_dim": 8}
+    torch.manual_seed(0)
+    module = LanguageModel(transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**COMMON | settings)))
+    fit(module, AuxFreeBalanceCallback(RATE), rows=2)
+    [router] = find_routers(module)
+    assert (router.name, type(router.module).__name__) == ("layer_1", "DeepseekV4TopKRouter")
+    assert router.bias.tolist() == moved([0.0] * 8, module.given["model.layers.1.mlp.experts"][:8])
+    assert any(router.bias)
+
+
+def test_llama4_which_shows_scores_and_no_ids_follows_the_rule():
+    class Llama4(LanguageModel):
+        """Its experts are given all tokens, times a score that is 0 for those that did not choose them."""
+
+        def _recorder(self, path):
+            def record(module, args):
+                if self.training:
+                    chosen = args[0].view(8, -1, 16).abs().sum(-1) > 0
+                    loads.setdefault(path, []).append(chosen.sum(-1).tolist())
+
+            return record
+
+    loads: dict[str, list[list[int]]] = {}
+    settings = {"num_local_experts": 8, "intermediate_size_mlp": 8, "head_dim": 8, "moe_layers": [0, 1]}
+    settings = {name: value for name, value in (COMMON | settings).items() if name != "moe_intermediate_size"}
+    torch.manual_seed(0)
+    module = Llama4(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**settings)))
+    fit(module, AuxFreeBalanceCallback(RATE, install_bias=True))
+    for router, layer_loads in zip(find_routers(module), loads.values(), strict=True):
+        bias = [0.0] * 8
+        for load in layer_loads:
+            assert sum(load) == 2 * 2 * 9
+            bias = moved(bias, load)
+        assert router.bias.tolist() == bias
+        assert any(bias)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "minimax_m2", "qwen3_moe"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_does_not_count_twice(family, use_reentrant):
@@ -79,15 +120,15 @@ def test_a_compiled_model_follows_the_rule(family):
         assert compiled.bias.tolist() == plain.bias.tolist()
 
 
-def test_the_load_becomes_balanced():
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_the_load_becomes_balanced(rule):
     """A trained bias does its work in a model that was not made for it."""
     logged = {}
     for rate in (0.0, 0.02):
         module = LanguageModel(build_model("qwen3_moe"), lr=0.0)
-        monitor = ExpertLoadMonitor()
-        trainer = fit(module, AuxFreeBalanceCallback(rate, install_bias=True), rows=2, max_epochs=60)
+        callback = AuxFreeBalanceCallback(rate, rule=rule, install_bias=True)
+        trainer = fit(module, callback, rows=2, max_epochs=60)
         logged[rate] = float(trainer.callback_metrics["moe/max_violation"])
-        assert monitor.loads is None
     assert logged[0.02] < 0.5 * logged[0.0]
 
 
@@ -103,9 +144,6 @@ def test_a_trainable_bias_is_taken_from_the_optimizer_and_that_is_said_once():
 
 def test_the_load_monitor_knows_the_routers_as_well():
     module, monitor = LanguageModel(build_model("mixtral")), ExpertLoadMonitor()
-    from foreign_training import tokens
-    from tiny_moe import make_trainer
-
     make_trainer(monitor).validate(module, tokens(), verbose=False)
     assert monitor.loads["layers"] == ["layer_0", "layer_1"]
     assert monitor.loads["tokens"] == {"all": 6 * 9}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from foreign_training import RATE, LanguageModel, build_model, fit
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import run_on_ranks
@@ -84,8 +86,6 @@ def test_a_bias_that_is_sharded_is_refused_with_the_remedy():
 
 def train_with_fsdp1() -> Any:
     """FullyShardedDataParallel casts buffers to bfloat16 in its first forward, as Lightning's strategy asks it to."""
-    import torch.distributed as dist
-
     dist.init_process_group("gloo")
     model = build_model("minimax_m2")
     [first, _] = routers = find_routers(model)
@@ -129,16 +129,10 @@ class SavedCopy(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.original_module = module
-        self.modules_to_save = nn.ModuleDict({"default": build_router_like(module)})
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
 
     def forward(self, *args: Any) -> Any:
         return self.modules_to_save["default"](*args)
-
-
-def build_router_like(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
 
 
 @pytest.mark.parametrize("family", ["minimax_m2", "deepseek_v3"])

@@ -1,12 +1,13 @@
-"""What the counts say: violation by layer, and the load file that other tools read."""
+"""What the counts say: how even each layer's load is, and the load file that other tools read."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,48 @@ def max_violations(counts: Sequence[Tensor]) -> Tensor:
     if len({counts_E.shape for counts_E in counts}) == 1:
         return max_violation(torch.stack(list(counts)))
     return torch.stack([max_violation(counts_E) for counts_E in counts])
+
+
+class LoadStatistics(NamedTuple):
+    """How even the load is, one value per layer.
+
+    Attributes:
+        max_violation: MaxVio, float32 ``[L]``: 0 is balanced; nan for a layer without tokens.
+        load_entropy: Entropy of the layer's load distribution over that of the even one, float32 ``[L]``: 1 is
+            balanced, 0 is one expert for all; nan for a layer without tokens.
+        dead_experts: Experts that no token chose, int64 ``[L]``; all of them in a layer without tokens.
+    """
+
+    max_violation: Tensor
+    load_entropy: Tensor
+    dead_experts: Tensor
+
+
+def load_statistics(counts: Sequence[Tensor]) -> LoadStatistics:
+    """Tell how even each layer's load is.
+
+    Args:
+        counts: Load of each layer's experts, int64 ``[E]``; layers may differ in E.
+
+    Example:
+        >>> statistics = load_statistics([torch.tensor([4, 4, 4, 4]), torch.tensor([2, 2, 0, 0])])
+        >>> statistics.max_violation, statistics.load_entropy, statistics.dead_experts
+        (tensor([0., 1.]), tensor([1.0000, 0.5000]), tensor([0, 2]))
+    """
+    if len({counts_E.shape for counts_E in counts}) == 1:
+        return _load_statistics(torch.stack(list(counts)))
+    layers = [_load_statistics(counts_E) for counts_E in counts]
+    return LoadStatistics(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+
+def _load_statistics(counts_E: Tensor) -> LoadStatistics:
+    num_experts = counts_E.shape[-1]
+    share_E = counts_E.to(torch.float32) / counts_E.sum(dim=-1, keepdim=True).to(torch.float32)
+    # H(p) / ln E = 1 - sum_i p_i ln(E p_i) / ln E, in the form that also holds for one expert, whose load is even.
+    divergence = torch.xlogy(share_E, num_experts * share_E).sum(dim=-1)
+    return LoadStatistics(
+        max_violation(counts_E), 1 - divergence / math.log(max(num_experts, 2)), (counts_E == 0).sum(dim=-1)
+    )
 
 
 def expert_loads(

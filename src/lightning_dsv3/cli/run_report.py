@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_dsv3.balance.loads import load_statistics
 from lightning_dsv3.config import ConfigError
 from lightning_dsv3.plots import (
     plot_bits_per_byte,
@@ -127,20 +129,17 @@ def _figures(history: Sequence[Mapping[str, float]], summary: Mapping[str, Any],
 
 def _loads(loads: Mapping[str, Any]) -> list[str]:
     """Tell how even each layer's load is, over all domains together."""
-    if not loads:
+    if not loads.get("layers"):
         return []
-    rows, warned = [], False
-    for index, layer in enumerate(loads["layers"]):
-        counts = [sum(column) for column in zip(*(loads["counts"][d][index] for d in loads["domains"]), strict=True)]
-        total, dead = sum(counts), counts.count(0)
-        if not total:
-            continue
-        shares = [count / total for count in counts if count]
-        entropy = -math.fsum(share * math.log(share) for share in shares) / math.log(len(counts))
-        violation = max(counts) * len(counts) / total - 1
-        warned |= dead > 0
-        rows.append([layer, f"{len(counts)}", f"{violation:.3f}", f"{entropy:.4f}", f"{dead}"])
-    note = f'<p class="note">Dead: {_DEAD}.</p>' if warned else ""
+    layers, domains = loads["layers"], loads["domains"]
+    counts = [torch.tensor([loads["counts"][d][index] for d in domains]).sum(dim=0) for index in range(len(layers))]
+    statistics = [values.tolist() for values in load_statistics(counts)]
+    rows = [
+        [layer, f"{len(counts_E)}", f"{violation:.3f}", f"{entropy:.4f}", f"{dead}"]
+        for layer, counts_E, violation, entropy, dead in zip(layers, counts, *statistics, strict=True)
+        if counts_E.any()
+    ]
+    note = f'<p class="note">Dead: {_DEAD}.</p>' if any(row[-1] != "0" for row in rows) else ""
     return [
         "<h2>Expert load on held-out text</h2>",
         _table(["layer", "experts", "MaxVio", "entropy (1 = even)", "dead"], rows, warn=4),

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dsv3.balance import (
+    COMMON_MASK_KEY,
     NATIVE_ADAPTERS,
     Float32Biases,
     ObservedRouter,
@@ -34,6 +35,7 @@ from lightning_dsv3.balance import (
     max_violations,
     native_updaters,
     no_router_message,
+    padding_mask,
     release_bias,
     sum_over_ranks,
     update_biases,
@@ -88,7 +90,7 @@ class AuxFreeBalanceCallback(Callback):
     It is found by name in one Trainer's checkpoints, works under ``lightning.pytorch.Trainer`` and, passed in
     a list, under ``pytorch_lightning.Trainer``, and may be used with several models one after the other.
 
-    What it does not do: train with DeepSpeed, or leave padding out of the counts.
+    What it does not do: train with DeepSpeed.
 
     Args:
         update_rate: Bias update speed gamma: a number (0.001 in the report; 0 freezes the bias), or a
@@ -107,12 +109,14 @@ class AuxFreeBalanceCallback(Callback):
         freeze_after_tokens: All biases stay as they are from the first step that goes beyond so many tokens.
         take_over: Move also a bias that the routers' own framework moves (torchtitan's optimizer hook, Megatron's
             ``finalize_model_grads``, ...), and switch that off. By default such a bias is left to the framework.
+        mask_key: Key or attribute of the batch where its mask is: bools or integers ``[B, S]``, 0 for padding, which is
+            then no token to be counted. Under the default name it may be missing; None counts padding like text.
 
     Raises:
         ValueError: ``update_rate`` is negative or not finite, or there is no such rule or layer.
         MisconfigurationException: No router was found, none has a bias, a bias has another owner or is sharded, a
-            router cannot be observed or was not seen in the first training batch, or the strategy accumulates
-            gradients itself.
+            router cannot be observed or was not seen in the first training batch, the strategy accumulates gradients
+            itself, or a mask does not tell which of a router's tokens are padding.
         RuntimeError: Gate values or a bias are not finite.
 
     Example:
@@ -131,6 +135,7 @@ class AuxFreeBalanceCallback(Callback):
         freeze: bool | Collection[str] = False,
         freeze_after_tokens: int | None = None,
         take_over: bool = False,
+        mask_key: str | None = COMMON_MASK_KEY,
     ) -> None:
         super().__init__()
         if rule not in BIAS_RULES:
@@ -142,6 +147,7 @@ class AuxFreeBalanceCallback(Callback):
         self.freeze = [freeze] if isinstance(freeze, str) else freeze
         self.freeze_after_tokens = freeze_after_tokens
         self.take_over = take_over
+        self.mask_key = mask_key
         self._adapters = (*(routers or ()), *NATIVE_ADAPTERS)
         self._observer = RouterObserver([])
         self._step_watcher = OptimizerStepWatcher()
@@ -228,7 +234,11 @@ class AuxFreeBalanceCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count from here."""
-        self._observer.open()
+        if not self._observer.is_attached:  # added to the Trainer while it was training
+            self.setup(trainer, pl_module, "fit")
+            self.on_fit_start(trainer, pl_module)
+            self.on_train_start(trainer, pl_module)
+        self._observer.open(mask=padding_mask(batch, self.mask_key))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -24,10 +24,12 @@ from lightning_dsv3.balance.loads import expert_loads, max_violations, save_load
 from lightning_dsv3.balance.loops import balanced
 from lightning_dsv3.balance.observer import RouterObserver, in_recompute
 from lightning_dsv3.balance.ownership import bias_owner, claim_bias, native_updaters, release_bias
+from lightning_dsv3.balance.padding import COMMON_MASK_KEY, padding_mask
 from lightning_dsv3.balance.ranks import data_parallel_group, max_over_ranks, sum_over_ranks
 from lightning_dsv3.balance.steps import OptimizerStepWatcher
 
 __all__ = [
+    "COMMON_MASK_KEY",
     "NATIVE_ADAPTERS",
     "DeepSeekV3RouterAdapter",
     "Float32Biases",
@@ -54,6 +56,7 @@ __all__ = [
     "max_violations",
     "native_updaters",
     "no_router_message",
+    "padding_mask",
     "release_bias",
     "require_float32_bias",
     "save_loads",

@@ -43,6 +43,8 @@ class RouterAdapter(ABC):
         takes_float32_bias: Whether the forward works with a float32 bias beside weights of lower precision. If
             so, a bias that was cast is put back into float32 in place; otherwise the callback keeps the float32
             values to itself and writes rounded ones.
+        sequence_first: Whether the tokens of the output are those of activations ``[S, B, D]`` in order, as
+            Megatron-Core has them, and not of ``[B, S, D]``. It matters where padding is left out of the counts.
 
     Example:
         >>> class GateAdapter(RouterAdapter):
@@ -63,6 +65,7 @@ class RouterAdapter(ABC):
     """
 
     takes_float32_bias: bool = True
+    sequence_first: bool = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -113,6 +116,10 @@ class RouterAdapter(ABC):
         """Return the layer's name in logs and load files, from the module's dotted path without wrappers."""
         return path
 
+    def mtp_depth(self, path: str) -> int:
+        """Return the depth k of a router in an MTP module that sees S - k positions of a row, otherwise 0."""
+        return 0
+
 
 class DeepSeekV3RouterAdapter(RouterAdapter):
     """The routers of :class:`lightning_dsv3.DeepSeekV3`, main model and MTP modules."""
@@ -140,6 +147,9 @@ class DeepSeekV3RouterAdapter(RouterAdapter):
         """Return ``layer_<index of the block>`` or ``mtp_<depth>``, which starts at 1 as in the report."""
         if match := _BLOCK_ROUTER.search(path):
             return f"layer_{match[1]}"
-        if match := _MTP_ROUTER.search(path):
-            return f"mtp_{int(match[1]) + 1}"
-        return path
+        return f"mtp_{depth}" if (depth := self.mtp_depth(path)) else path
+
+    def mtp_depth(self, path: str) -> int:
+        """Return k of the k-th MTP module."""
+        match = _MTP_ROUTER.search(path)
+        return int(match[1]) + 1 if match else 0

@@ -114,6 +114,7 @@ class MegatronRouterAdapter(FrameworkRouterAdapter):
     """Megatron-Core's ``TopKRouter``, whose output is ``(probs [T, E], routing_map bool [T, E])``."""
 
     home, class_name, bias_names = "megatron.core", "TopKRouter", ("expert_bias",)
+    sequence_first = True
 
     def num_experts(self, module: Any) -> int:
         """Return E."""

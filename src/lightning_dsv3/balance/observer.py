@@ -21,6 +21,9 @@ logits choose experts like any others, so the counts cannot tell. Who takes the 
 
 With ``num_groups``, each row of the batch belongs to a group (its domain) and the counts are kept by group.
 One more row of the table takes what belongs to no group, such as padding, and is dropped at the end.
+
+With a mask of the batch, padded tokens add 0 to the counts. Which of a router's tokens they are is told by their number
+and order alone, and a router for which that does not tell is an error, not a guess.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_dsv3.balance.discovery import ObservedRouter
@@ -84,10 +88,16 @@ class RouterObserver:
         self._broken: list[Tensor] = []
         self.broken_forwards: Tensor = self._broken_L
         self._group_B: Tensor | None = None
+        self._is_real_BS: Tensor | None = None
         self._is_open = False
         self._handles: list[Any] = []
         self.num_experts_per_tok: list[int] = [0] * len(self.routers)
         self._only_in_eval = [False] * len(self.routers)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
 
     def attach(self) -> None:
         """Put the hooks on the routers, before the model is compiled: a hook that comes later is not run."""
@@ -116,18 +126,23 @@ class RouterObserver:
         self.num_experts_per_tok = [0] * len(self.routers)
         self._only_in_eval = [False] * len(self.routers)
 
-    def open(self, group_B: Tensor | None = None) -> None:
+    def open(self, group_B: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Count the forwards from now on.
 
         Args:
             group_B: Group of each row of the batch, integers ``[B]``, where ``num_groups`` is set. The tokens
                 of a router are taken as B rows of equal length, in order. Rows of group -1 are not counted.
+            mask: Bools or integers ``[B, S]``, 0 for padding, which is not counted. A router that sees only S - k
+                positions per row has not been given the last k tokens as input, as in ``model(ids[:, :-1])``, or puts
+                position i and i + k together (MTP at depth k). Either way a position counts if neither i nor i + k is
+                padding: exactly the positions that the text has without padding, on whichever side the padding is.
         """
         assert (group_B is None) == (self._num_groups is None), "group_B goes with num_groups"
         if group_B is not None:
             group_B = group_B.to(self._started().device, torch.int64)
             group_B = torch.where(group_B < 0, self._rows - 1, group_B)
         self._group_B = group_B
+        self._is_real_BS = None if mask is None else mask.to(self._started().device) != 0
         self._is_open = True
 
     def close(self) -> None:
@@ -214,8 +229,10 @@ class RouterObserver:
         bins_TK = expert_TK.detach().reshape(-1, num_chosen).to(self._started().device, torch.int64)
         if self._group_B is not None:
             bins_TK = bins_TK + self._rows_of_tokens(index, bins_TK.shape[0]) * self.routers[index].num_experts
-        bins = bins_TK.flatten()
-        self._layer_tables[index].scatter_add_(0, bins, torch.ones_like(bins))
+        ones_TK = torch.ones_like(bins_TK)
+        if self._is_real_BS is not None:
+            ones_TK = ones_TK * self._real_tokens(index, bins_TK.shape[0], self._is_real_BS).unsqueeze(-1)
+        self._layer_tables[index].scatter_add_(0, bins_TK.flatten(), ones_TK.flatten())
 
     def _note_broken(self, index: int, output: Any) -> None:
         # A NaN logit is the greatest, so its expert is chosen and its gate value is NaN: the gate values, which are the
@@ -225,6 +242,22 @@ class RouterObserver:
             total = min(rows, key=Tensor.numel).detach().sum(dtype=torch.float32)
             # 0 times a finite number is 0, and else NaN.
             self._broken[index].add_((total * 0).ne(0).to(self._broken_L.device))
+
+    def _real_tokens(self, index: int, num_tokens: int, is_real_BS: Tensor) -> Tensor:
+        """Return which of a router's tokens are no padding, bool ``[T]``."""
+        router = self.routers[index]
+        num_rows, length = is_real_BS.shape
+        missing = length - num_tokens // max(1, num_rows)
+        depth = router.adapter.mtp_depth(router.path)
+        if num_tokens != num_rows * (length - missing) or missing not in (0, depth, depth + 1):
+            raise MisconfigurationException(
+                f"{router.name} ({router.path}) routed {num_tokens} tokens of a batch whose mask is [{num_rows}, "
+                f"{length}], so it cannot be told which of them are padding. Put a mask of the tokens that the routers "
+                "see into the batch and name it, AuxFreeBalanceCallback(mask_key=...); or, where they see no padding, "
+                "or it is to be counted like text, mask_key=None."
+            )
+        is_real_BS = is_real_BS[:, : length - missing] & is_real_BS[:, missing:]
+        return (is_real_BS.T if router.adapter.sequence_first else is_real_BS).flatten()
 
     def _rows_of_tokens(self, index: int, num_tokens: int) -> Tensor:
         assert self._group_B is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,11 +24,11 @@ from lightning_dsv3.balance import (
     expert_loads,
     find_routers,
     max_over_ranks,
-    max_violations,
     no_router_message,
     save_loads,
 )
-from lightning_dsv3.plots import expert_load_figure, figure_pixels, plotting_problem
+from lightning_dsv3.balance.loads import load_statistics
+from lightning_dsv3.plots import expert_load_figure, figure_pixels, plotting_problem, save_figure
 
 ALL = "all"
 """Domain of rows that say nothing about theirs."""
@@ -40,10 +42,26 @@ class ExpertLoadMonitor(Callback):
     count. The sanity check does not count. Ranks are summed. A layer that validation does not run is left
     out.
 
-    After each validation it logs ``val/moe/<layer>/max_violation``, the MaxVio of the whole validation set
-    (MaxVio_global of arXiv 2408.15664), and ``val/moe/max_violation``, their mean. Loggers that take images
-    (TensorBoard, W&B) get the loads as a figure, ``val/expert_load``. Loads are kept of the
-    first validation and of the last, also over a resume, in the form of the load file::
+    After each validation it logs, for every layer and for all of them together:
+
+    ==================================  =============================================================  =============
+    key                                 value                                                          all layers
+    ==================================  =============================================================  =============
+    ``val/moe/<layer>/max_violation``   MaxVio of the whole validation set (arXiv 2408.15664:          mean
+                                        MaxVio_global); 0 is balanced
+    ``val/moe/<layer>/load_entropy``    entropy of the load over that of an even one; 1 is balanced    mean
+    ``val/moe/<layer>/dead_experts``    experts that no token of it chose                              sum
+    ``moe/<layer>/bias_norm``           length of the routing bias, less its mean                      mean
+    ``moe/<layer>/bias_drift``          length of its change since the validation before               mean
+    ==================================  =============================================================  =============
+
+    The key for all layers has no ``<layer>/``. The mean of a bias is taken off, as a number added to every bias of a
+    layer changes no choice. A router without a bias has no such figures, and the first validation has no drift. The
+    five figures of 58 layers are 290 columns of a CSV file; ``per_layer=False`` leaves those for all layers.
+
+    Loggers that take images (TensorBoard, W&B) get the loads as a figure, ``val/expert_load``: the relative load by
+    layer and domain, as in the report's Figure 9. ``figures_dir`` gets the same as ``expert_load.png``. Loads are kept
+    of the first validation and of the last, also over a resume, in the form of the load file::
 
         {"format": 1, "layers": [name], "domains": [name],
          "counts": {domain: [[int per expert] per layer]}, "tokens": {domain: n}}
@@ -51,6 +69,8 @@ class ExpertLoadMonitor(Callback):
     Args:
         routers: How private routers show their choices; tried before the built-in kinds.
         domains: Names of the domains. Default: ``trainer.datamodule.domains``, if there is one.
+        per_layer: Log the figures of every layer, not only those for all layers.
+        figures_dir: Folder for ``expert_load.png``, drawn anew after each validation. None draws no file.
 
     Raises:
         MisconfigurationException: No router was found, or a batch's domain has no name.
@@ -63,14 +83,26 @@ class ExpertLoadMonitor(Callback):
         True
     """
 
-    def __init__(self, routers: Sequence[RouterAdapter] | None = None, domains: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        routers: Sequence[RouterAdapter] | None = None,
+        domains: Sequence[str] | None = None,
+        *,
+        per_layer: bool = True,
+        figures_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         super().__init__()
         self.first_loads: dict[str, Any] | None = None
         self.loads: dict[str, Any] | None = None
         self._adapters = (*(routers or ()), *NATIVE_ADAPTERS)
         self._given_domains = domains
         self._domains: list[str] = []
+        self._per_layer = per_layer
+        self._figures_dir = figures_dir
+        # Of the last validation, by layer, less their mean: what the drift is measured against.
+        self._biases: dict[str, Tensor] = {}
         self._said_why_no_figure = False
+        self._said_why_no_bias = False
         self._observer = RouterObserver([], training=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -84,13 +116,14 @@ class ExpertLoadMonitor(Callback):
         save_loads(self.loads, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loads as plain containers."""
-        return {"first_loads": self.first_loads, "loads": self.loads}
+        """Return the loads as plain containers, and the biases of the last validation."""
+        return {"first_loads": self.first_loads, "loads": self.loads, "biases": self._biases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the loads of a checkpoint."""
+        """Take over the loads and biases of a checkpoint."""
         self.first_loads = state_dict["first_loads"]
         self.loads = state_dict["loads"]
+        self._biases = dict(state_dict.get("biases", {}))  # checkpoints before them have none
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the hooks on before anything is compiled."""
@@ -128,7 +161,7 @@ class ExpertLoadMonitor(Callback):
         self._observer.close()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum over ranks, keep the loads and log their violation. A sanity check's counts are dropped."""
+        """Sum over ranks, keep the loads, log and draw them. A sanity check's counts are dropped."""
         if trainer.sanity_checking:
             return
         group = data_parallel_group(trainer)
@@ -146,14 +179,10 @@ class ExpertLoadMonitor(Callback):
         self.loads = expert_loads(names, by_domain, num_chosen.tolist())
         self.first_loads = self.first_loads or self.loads
 
-        violation_L = max_violations([counts_GE.sum(dim=0) for counts_GE in counts])
-        # The value is the same on every rank; sync_dist only tells Lightning so.
-        pl_module.log("val/moe/max_violation", violation_L.nanmean(), sync_dist=True)
-        for name, violation in zip(names, violation_L.unbind(), strict=True):
-            if name in self.loads["layers"]:
-                pl_module.log(f"val/moe/{name}/max_violation", violation, sync_dist=True)
+        self._log_loads(pl_module, names, [counts_GE.sum(dim=0) for counts_GE in counts])
+        self._log_biases(pl_module)
         if trainer.is_global_zero and self.loads["layers"]:
-            self._log_figure(trainer, self.loads)
+            self._draw(trainer, self.loads)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
@@ -174,17 +203,73 @@ class ExpertLoadMonitor(Callback):
             self._observer = RouterObserver(routers, training=False, num_groups=len(self._domains) + 1)
         self._observer.attach()
 
-    def _log_figure(self, trainer: pl.Trainer, loads: Mapping[str, Any]) -> None:
+    def _log_loads(self, pl_module: pl.LightningModule, names: Sequence[str], counts: Sequence[Tensor]) -> None:
+        assert self.loads is not None
+        violation_L, entropy_L, dead_L = load_statistics(counts)
+        dead_L = torch.where(violation_L.isnan(), 0, dead_L).to(torch.float32)
+        ran = [name in self.loads["layers"] for name in names]
+        for key, values_L, all_layers in (
+            ("max_violation", violation_L, violation_L.nanmean()),
+            ("load_entropy", entropy_L, entropy_L.nanmean()),
+            ("dead_experts", dead_L, dead_L.sum()),
+        ):
+            by_layer = dict(compress(zip(names, values_L.unbind(), strict=True), ran))
+            self._log(pl_module, "val/moe", key, by_layer, all_layers)
+
+    def _log_biases(self, pl_module: pl.LightningModule) -> None:
+        before, self._biases = self._biases, self._centred_biases()
+        norms = {name: bias_E.norm() for name, bias_E in self._biases.items()}
+        drifts = {
+            name: (bias_E - before[name].to(bias_E.device)).norm()
+            for name, bias_E in self._biases.items()
+            # A callback may be used for one model after another.
+            if name in before and before[name].shape == bias_E.shape
+        }
+        for key, by_layer in (("bias_norm", norms), ("bias_drift", drifts)):
+            if by_layer:
+                self._log(pl_module, "moe", key, by_layer, torch.stack(list(by_layer.values())).mean())
+
+    def _log(
+        self, pl_module: pl.LightningModule, prefix: str, key: str, by_layer: Mapping[str, Tensor], all_layers: Tensor
+    ) -> None:
+        # The values are the same on every rank; sync_dist only tells Lightning so.
+        pl_module.log(f"{prefix}/{key}", all_layers, sync_dist=True)
+        for name, value in by_layer.items() if self._per_layer else ():
+            pl_module.log(f"{prefix}/{name}/{key}", value, sync_dist=True)
+
+    def _centred_biases(self) -> dict[str, Tensor]:
+        """Return every router's bias less its mean, float32 ``[E]``, as the model holds it now."""
+        biases = {}
+        # Under inference_mode they would be tensors that a later fit cannot use.
+        with torch.inference_mode(False), torch.no_grad():
+            for router in self._observer.routers:
+                try:
+                    bias_E = router.bias
+                except MisconfigurationException as error:  # sharded: what watches does not stop a run for that
+                    if not self._said_why_no_bias:
+                        rank_zero_warn(f"No figures of a routing bias are logged: {error}")
+                        self._said_why_no_bias = True
+                    continue
+                if bias_E is not None:
+                    bias_E = bias_E.to(torch.float32)
+                    biases[router.name] = bias_E - bias_E.mean()
+        return biases
+
+    def _draw(self, trainer: pl.Trainer, loads: Mapping[str, Any]) -> None:
         takers = [taker for logger in trainer.loggers if (taker := _image_taker(logger)) is not None]
-        if not takers or self._said_why_no_figure:
+        if not (takers or self._figures_dir is not None) or self._said_why_no_figure:
             return
         if problem := plotting_problem():
-            rank_zero_warn(f"The loggers get no figure of the expert load: {problem}")
+            rank_zero_warn(f"The expert load is not drawn: {problem}")
             self._said_why_no_figure = True
             return
-        pixels = figure_pixels(expert_load_figure(loads))
-        for take in takers:
-            take("val/expert_load", pixels, trainer.global_step)
+        figure = expert_load_figure(loads)
+        if self._figures_dir is not None:
+            save_figure(figure, Path(self._figures_dir) / "expert_load.png")
+        if takers:
+            pixels = figure_pixels(figure)
+            for take in takers:
+                take("val/expert_load", pixels, trainer.global_step)
 
     def _groups(self, batch: Any) -> Tensor:
         """Return the group of each row: its domain, or the last group without one; -1 for padding."""

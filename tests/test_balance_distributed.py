@@ -133,13 +133,17 @@ def validate(world_size: int, batches_of_rank_1: int = 2) -> tuple[dict[str, Any
         monitor, devices=world_size, strategy="ddp" if world_size > 1 else "auto", use_distributed_sampler=False
     )
     val = val_data(8, domain=domain_of(8), rows_per_batch=2)
-    trainer.validate(ValidatedMoE(), Sharded(val), verbose=False)
+    module = ValidatedMoE()
+    for router in module.model.routers():
+        router.bias.copy_(0.01 * torch.arange(router.num_experts))
+    trainer.validate(module, Sharded(val), verbose=False)
     assert monitor.loads is not None
     return monitor.loads, {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
 def test_loads_of_two_ranks_equal_those_of_one():
     loads, logged = validate(1)
+    assert {"val/moe/layer_0/load_entropy", "val/moe/dead_experts", "moe/layer_0/bias_norm"} <= set(logged)
     for rank_loads, rank_logged in run_on_ranks(2, validate, 2):
         assert rank_loads == loads
         assert rank_logged == pytest.approx(logged)

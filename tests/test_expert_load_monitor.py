@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,11 +13,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from tiny_moe import Gate, GateAdapter, TinyMoE, data, make_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor
+from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, expert_load_monitor
 
 DOMAINS = ["english", "code", "math"]
 
@@ -193,15 +197,203 @@ class TestLogging:
         module = MoE()
         trainer = make_trainer(ExpertLoadMonitor())
         trainer.validate(module, Data(val_data(7, domain=domain_of(7))), verbose=False)
-        violation = []
-        for layer in range(2):
-            load = [sum(n) for n in zip(*(module.by_domain[name][layer] for name in DOMAINS), strict=True)]
-            violation.append(max(load) * len(load) / sum(load) - 1)
-        assert {name: value.item() for name, value in trainer.callback_metrics.items()} == {
-            "val/moe/layer_0/max_violation": pytest.approx(violation[0], rel=1e-6),
-            "val/moe/mtp_1/max_violation": pytest.approx(violation[1], rel=1e-6),
-            "val/moe/max_violation": pytest.approx(sum(violation) / 2, rel=1e-6),
+        expected = {}
+        for index, layer in enumerate(["layer_0", "mtp_1"]):
+            load = [sum(n) for n in zip(*(module.by_domain[name][index] for name in DOMAINS), strict=True)]
+            shares = [n / sum(load) for n in load if n]
+            expected |= {
+                f"val/moe/{layer}/max_violation": max(load) * len(load) / sum(load) - 1,
+                f"val/moe/{layer}/load_entropy": -sum(p * math.log(p) for p in shares) / math.log(len(load)),
+                f"val/moe/{layer}/dead_experts": load.count(0),
+            }
+        for key, divisor in {"max_violation": 2, "load_entropy": 2, "dead_experts": 1}.items():
+            values = [expected[f"val/moe/{layer}/{key}"] for layer in ("layer_0", "mtp_1")]
+            expected[f"val/moe/{key}"] = sum(values) / divisor
+        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        assert {name: logged[name] for name in logged if name.startswith("val/")} == pytest.approx(expected, rel=1e-5)
+        assert {name for name in logged if not name.startswith("val/")} == {
+            "moe/bias_norm",
+            "moe/layer_0/bias_norm",
+            "moe/mtp_1/bias_norm",
         }
+
+    def test_dead_experts_are_those_of_layers_that_ran(self):
+        module = MoE((6, 6, 5))
+        module.model.layers = lambda: list(module.model.blocks)
+        for router in module.model.routers():
+            router.bias.copy_(torch.arange(router.num_experts) * 10.0)  # every token chooses the last two
+        trainer = make_trainer(ExpertLoadMonitor())
+        trainer.validate(module, val_data(), verbose=False)
+        metrics = trainer.callback_metrics
+        assert metrics["val/moe/layer_1/dead_experts"] == 4
+        assert metrics["val/moe/dead_experts"] == 8
+        assert "val/moe/mtp_1/dead_experts" not in metrics
+
+    def test_per_layer_false_leaves_the_figures_for_all_layers(self):
+        logged = []
+        for per_layer in (True, False):
+            trainer = make_trainer(ExpertLoadMonitor(per_layer=per_layer), AuxFreeBalanceCallback(0.05, dry_run=True))
+            trainer.fit(MoE((6, 6, 5)), Data(val_data(domain=domain_of(6))))
+            monitored = {
+                k: v for k, v in trainer.callback_metrics.items() if not k.endswith(("MaxVio", "max_violation"))
+            }
+            logged.append(monitored)
+        assert set(logged[1]) == {"val/moe/load_entropy", "val/moe/dead_experts", "moe/bias_norm"}
+        assert {key: logged[0][key] for key in logged[1]} == logged[1]
+        assert len(logged[0]) == 3 + 3 * 3
+
+    def test_a_private_router_and_its_bias_have_figures_too(self):
+        class WithGate(MoE):
+            def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+                self.gate(batch["x"])
+                super().validation_step(batch, batch_idx)
+
+        module = WithGate()
+        module.gate = Gate()
+        module.gate.correction += torch.tensor([3.0, 1.0, 1.0, -1.0])
+        trainer = make_trainer(ExpertLoadMonitor(routers=[GateAdapter()]))
+        trainer.validate(module, val_data(), verbose=False)
+        assert trainer.callback_metrics["moe/gate/bias_norm"].item() == pytest.approx(math.sqrt(8), rel=1e-6)
+        for key in ("max_violation", "load_entropy", "dead_experts"):
+            assert trainer.callback_metrics[f"val/moe/gate/{key}"].isfinite()
+
+    def test_a_csv_file_gets_every_figure(self, tmp_path):
+        trainer = make_trainer(
+            ExpertLoadMonitor(), AuxFreeBalanceCallback(0.05), val_check_interval=2, logger=CSVLogger(tmp_path)
+        )
+        trainer.fit(MoE(), Data(val_data(domain=domain_of(6))))
+        with open(trainer.logger.log_dir + "/metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        first, last = [row for row in rows if row["val/moe/max_violation"]]
+        for layer in ("layer_0", "mtp_1"):
+            keys = [f"val/moe/{layer}/{key}" for key in ("max_violation", "load_entropy", "dead_experts")]
+            keys += [f"moe/{layer}/bias_norm", f"moe/{layer}/bias_drift"]
+            assert all(last[key] for key in keys)
+            assert not first[f"moe/{layer}/bias_drift"]
+
+
+class TestBiasFigures:
+    def watch(self, module: MoE, *callbacks: Any, **arguments: Any) -> list[dict[str, Any]]:
+        """Train and validate; return the biases and the logged bias figures of each validation."""
+        seen = []
+
+        class Record(pl.Callback):
+            def on_validation_end(self, trainer: Any, *_: Any) -> None:
+                figures = {k: v.item() for k, v in trainer.callback_metrics.items() if "/bias_" in k}
+                seen.append({"biases": module.biases(), **figures})
+
+        trainer = make_trainer(*callbacks, Record(), **{"val_check_interval": 1} | arguments)
+        trainer.fit(module, Data(val_data(domain=domain_of(6))))
+        return seen
+
+    def test_norm_and_drift_are_those_of_the_biases_less_their_mean(self):
+        seen = self.watch(MoE(), ExpertLoadMonitor(), AuxFreeBalanceCallback(0.05))
+
+        def centred(bias: list[float]) -> list[float]:
+            return [b - sum(bias) / len(bias) for b in bias]
+
+        assert len(seen) == 4
+        assert not any("bias_drift" in key for key in seen[0])
+        for before, now in itertools.pairwise(seen):
+            norms, drifts = [], []
+            for index, layer in enumerate(["layer_0", "mtp_1"]):
+                old, new = centred(before["biases"][index]), centred(now["biases"][index])
+                norms.append(math.hypot(*new))
+                drifts.append(math.dist(new, old))
+                assert now[f"moe/{layer}/bias_norm"] == pytest.approx(norms[-1], rel=1e-5)
+                assert now[f"moe/{layer}/bias_drift"] == pytest.approx(drifts[-1], rel=1e-5)
+            assert now["moe/bias_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
+            assert now["moe/bias_drift"] == pytest.approx(sum(drifts) / 2, rel=1e-5)
+            assert min(norms) > 0
+            assert min(drifts) > 0
+
+    def test_a_shift_of_all_biases_is_no_change(self):
+        class Shifts(MoE):
+            def on_train_batch_end(self, *_: Any) -> None:
+                for router in self.model.routers():
+                    router.bias += 0.5
+
+        module = Shifts()
+        for router in module.model.routers():
+            router.bias.copy_(torch.arange(router.num_experts) * 0.25)
+        *_, last = self.watch(module, ExpertLoadMonitor())
+        assert last["biases"][1][0] == 2.0
+        assert last["moe/layer_0/bias_norm"] == pytest.approx(0.25 * math.sqrt(17.5), rel=1e-6)
+        assert last["moe/layer_0/bias_drift"] == pytest.approx(0, abs=1e-6)
+
+    def test_a_router_without_a_bias_has_none(self):
+        seen = self.watch(MoE(topk_method="greedy"), ExpertLoadMonitor())
+        assert all(list(figures) == ["biases"] for figures in seen)
+
+    def test_drift_goes_on_over_a_resume(self, tmp_path):
+        def callbacks() -> list[pl.Callback]:
+            return [ExpertLoadMonitor(), AuxFreeBalanceCallback(0.05)]
+
+        def run(*callbacks: Any, **arguments: Any) -> tuple[Any, MoE, list[float]]:
+            drifts = []
+
+            class Record(pl.Callback):
+                def on_validation_end(self, trainer: Any, *_: Any) -> None:
+                    drifts.append(trainer.callback_metrics.get("moe/bias_drift"))
+
+            module = MoE(lr=0.0)
+            trainer = make_trainer(*callbacks, Record(), max_epochs=arguments.pop("max_epochs"))
+            trainer.fit(module, Data(val_data(domain=domain_of(6))), **arguments)
+            return trainer, module, drifts
+
+        *_, whole = run(*callbacks(), max_epochs=2)
+        trainer, *_ = run(*callbacks(), max_epochs=1)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        torch.load(tmp_path / "last.ckpt", weights_only=True)
+        *_, resumed = run(*callbacks(), max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+        assert whole[0] is None
+        assert whole[1] == resumed[0] > 0
+
+    def test_a_checkpoint_from_before_there_were_biases_in_it_loads(self):
+        monitor = ExpertLoadMonitor()
+        monitor.load_state_dict({"first_loads": None, "loads": None})
+        make_trainer(monitor).validate(MoE(), val_data(), verbose=False)
+        assert set(monitor.state_dict()["biases"]) == {"layer_0", "mtp_1"}
+
+    def test_a_sharded_bias_is_said_once_and_stops_nothing(self):
+        class Sharded(GateAdapter):
+            def bias(self, module: Gate) -> Tensor:
+                return module.correction[:2]
+
+        module = MoE()
+        module.gate = Gate()
+        monitor = ExpertLoadMonitor(routers=[Sharded()])
+        trainer = make_trainer(monitor, val_check_interval=1)
+        with pytest.warns(UserWarning, match=r"No figures of a routing bias.*gate.*2 of 4 values") as caught:
+            trainer.fit(module, Data(val_data(domain=domain_of(6))))
+        assert len([warning for warning in caught if "No figures of a routing bias" in str(warning.message)]) == 1
+        assert "moe/gate/bias_norm" not in trainer.callback_metrics
+        assert "moe/layer_0/bias_norm" in trainer.callback_metrics
+
+
+class TestFigureFile:
+    def test_is_drawn_after_each_validation_where_asked(self, tmp_path, monkeypatch):
+        drawn = []
+        draw = expert_load_monitor.expert_load_figure
+        monkeypatch.setattr(expert_load_monitor, "expert_load_figure", lambda loads: drawn.append(loads) or draw(loads))
+        monitor = ExpertLoadMonitor(figures_dir=tmp_path / "run" / "figures")
+        trainer = make_trainer(monitor, AuxFreeBalanceCallback(0.05), val_check_interval=2)
+        trainer.fit(MoE(), Data(val_data(domain=domain_of(6))))
+        assert drawn == [monitor.first_loads, monitor.loads]
+        (file,) = (tmp_path / "run" / "figures").iterdir()
+        assert file.name == "expert_load.png"
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+    def test_is_not_drawn_unless_asked(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        make_trainer(ExpertLoadMonitor()).validate(MoE(), val_data(), verbose=False)
+        assert not list(tmp_path.iterdir())
+
+    def test_without_matplotlib_the_reason_is_said(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(expert_load_monitor, "plotting_problem", lambda: "pip install it")
+        with pytest.warns(UserWarning, match="not drawn: pip install it"):
+            make_trainer(ExpertLoadMonitor(figures_dir=tmp_path)).validate(MoE(), val_data(), verbose=False)
+        assert not list(tmp_path.iterdir())
 
 
 class TestSaving:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import balance, quiet_trainer, tiny_data, tiny_module
 
 import lightning_dsv3.pytorch_lightning
+from lightning_dsv3 import plots
 from lightning_dsv3.callbacks import ExpertLoadMonitor, RunFolder, expert_load_monitor, run_folder
 from lightning_dsv3.config import ConfigError, RunConfig, load_run_config
 from lightning_dsv3.plots import expert_load_figure, figure_pixels
@@ -146,3 +147,22 @@ def test_pixels_show_who_is_busy() -> None:
         return float(((red < 40) & (blue > 80)).mean())
 
     assert dark_share(pixels) > 0.01 > dark_share(figure_pixels(expert_load_figure(balanced)))
+
+
+def test_many_layers_are_the_rows_of_one_map_per_domain() -> None:
+    def titles(num_layers: int) -> list[str]:
+        layers = [f"layer_{index}" for index in range(num_layers)]
+        counts = [[1] * (3 + index % 2) for index in range(num_layers)]
+        loads = LOADS | {"layers": layers, "counts": {"prose": counts, "code": counts}}
+        return [axes.get_title("left") for axes in expert_load_figure(loads).axes if axes.get_title("left")]
+
+    assert titles(16) == [f"layer_{index}" for index in range(16)]
+    assert titles(17) == ["prose", "code"]
+
+
+def test_only_violations_are_drawn_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = []
+    monkeypatch.setattr(plots, "_finish", lambda figure, axes, path: labels.extend(axes.get_legend_handles_labels()[1]))
+    row = {"train/tokens": 1.0, "moe/max_violation": 2.0, "moe/model.layers.1/max_violation": 2.0}
+    plots.plot_max_violation([row | {"moe/model.layers.1/bias_norm": 9.0, "moe/bias_norm": 9.0}], tmp_path / "it.png")
+    assert labels == ["model.layers.1", "mean of layers"]

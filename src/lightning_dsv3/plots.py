@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,11 @@ def plot_max_violation(history: History, path: Path) -> None:
         path: PNG to write.
     """
     figure, axes = _figure()
-    keys = {key for row in history for key in row if key.startswith("moe/") and key.count("/") == 2}
+    keys = {key for row in history for key in row if fnmatch(key, "moe/*/max_violation")}
     for key in sorted(keys):
         tokens, values = _series(history, key)
-        axes.plot(tokens, values, linewidth=0.8, alpha=0.7, label=key.split("/")[1])
+        layer = key.removeprefix("moe/").removesuffix("/max_violation")
+        axes.plot(tokens, values, linewidth=0.8, alpha=0.7, label=layer)
     tokens, values = _series(history, "moe/max_violation")
     axes.plot(tokens, values, color="black", linewidth=1.8, label="mean of layers")
     axes.set(
@@ -122,7 +124,7 @@ def plot_schedules(schedules: Mapping[str, Schedule], total_tokens: int, path: P
         axes.xaxis.set_major_formatter(lambda tokens, _: EngFormatter(sep="")(tokens).replace("G", "B"))
     figure.align_ylabels()
     figure.suptitle("Schedules over tokens", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _bends(schedule: Schedule) -> list[float]:
@@ -150,11 +152,14 @@ def plot_expert_load(loads: Mapping[str, Any], path: Path) -> None:
         loads: ``loads.json``.
         path: PNG to write.
     """
-    _save(expert_load_figure(loads), path)
+    save_figure(expert_load_figure(loads), path)
 
 
 def expert_load_figure(loads: Mapping[str, Any]) -> Any:
     """Draw the relative expert load by layer and domain (report, Figure 9): 1 is balanced, darker is busier.
+
+    Up to 16 layers have a heat map each, with a row per domain, as in the report. More layers are the rows of one
+    heat map per domain, so that a figure of 58 layers still fits a screen or two.
 
     Args:
         loads: ``loads.json``: counts per domain and layer; layers may have different numbers of experts.
@@ -165,24 +170,51 @@ def expert_load_figure(loads: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     layers, domains = loads["layers"], loads["domains"]
-    figure = Figure(figsize=(10, 0.9 + len(layers) * (0.45 + 0.24 * len(domains))), layout="constrained")
-    all_axes = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    relative = {
+        (layer, domain): _relative(loads["counts"][domain][i]) for i, layer in enumerate(layers) for domain in domains
+    }
+    by_layer = len(layers) <= 16
+    maps, rows = (layers, domains) if by_layer else (domains, layers)
+    row_height = 0.24 if by_layer else 0.12
+    height = 0.9 + len(maps) * (0.45 + row_height * len(rows))
+    figure = Figure(figsize=(10, height), layout="constrained")
+    all_axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     image = None
-    for index, (layer, axes) in enumerate(zip(layers, all_axes, strict=True)):
-        rows = []
-        for domain in domains:
-            counts = loads["counts"][domain][index]
-            mean = sum(counts) / len(counts)
-            rows.append([count / mean if mean else float("nan") for count in counts])
-        image = axes.imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=4, interpolation="nearest")
-        axes.set_yticks(range(len(domains)), domains, fontsize=8)
-        axes.set_title(layer, fontsize=9, loc="left")
+    for title, axes in zip(maps, all_axes, strict=True):
+        values = [relative[(title, row) if by_layer else (row, title)] for row in rows]
+        width = max(map(len, values))
+        padded = [row + [float("nan")] * (width - len(row)) for row in values]
+        image = axes.imshow(padded, aspect="auto", cmap="Blues", vmin=0, vmax=4, interpolation="nearest")
+        axes.set_yticks(range(len(rows)), rows, fontsize=8 if by_layer else 6)
+        axes.set_title(title, fontsize=9, loc="left")
         axes.tick_params(axis="x", labelsize=7)
     all_axes[-1].set_xlabel("expert")
     figure.suptitle("Relative expert load by domain on held-out text (1 = balanced)", fontsize=11)
     if image is not None:
-        figure.colorbar(image, ax=list(all_axes), label="load / mean load", extend="max", shrink=0.8)
+        bar = figure.colorbar(
+            image,
+            ax=list(all_axes),
+            label="load / mean load",
+            extend="max",
+            extendfrac=0.02,
+            shrink=0.8,
+            aspect=max(20, 3 * height),  # no wider in a tall figure
+        )
+        bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def _relative(counts: Sequence[int]) -> list[float]:
+    mean = sum(counts) / len(counts)
+    return [count / mean if mean else float("nan") for count in counts]
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, complete or not at all; folders on the way are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(path)
 
 
 def figure_pixels(figure: Any) -> npt.NDArray[np.uint8]:
@@ -205,14 +237,7 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 def _series(history: History, key: str) -> tuple[list[float], list[float]]:

@@ -50,6 +50,8 @@ class balanced:  # noqa: N801 - reads as a phrase after `with`, like torch's no_
         scaler.update()
         balance.end_step()
 
+    Padding is counted like text unless the batch's mask is given before its forward: ``balance.mask(batch["mask"])``.
+
     Args:
         model: The model, or what wraps it.
         optimizer: The optimizer whose step ends a training step; of several, the one that steps last. Fabric's and
@@ -146,6 +148,14 @@ class balanced:  # noqa: N801 - reads as a phrase after `with`, like torch's no_
         self._undo.close()
         if error_type is None:
             self._require_finite()
+
+    def mask(self, mask: Tensor | None) -> None:
+        """Leave padding out of the counts of the forwards from now on, until another mask is given.
+
+        Args:
+            mask: Bools or integers ``[B, S]`` of the batch, 0 for padding; None to count everything.
+        """
+        self._observer.open(mask=mask)
 
     def end_step(self) -> None:
         """End a step that a gradient scaler may have skipped: call it after every ``scaler.step(optimizer)``.

@@ -81,12 +81,7 @@ def main() -> None:
             f"{row['ours_share_of_peak']:>8.0%}{row['hf_share_of_peak']:>8.0%}"
             f"{row['ours_peak_megabytes']:>7.0f}{row['hf_peak_megabytes']:>7.0f}"
         )
-    few, many = rows["16 experts, top 2"], rows["128 experts, top 8"]
-    growth = {
-        f"{side}_{part}": many[f"{side}_{part}_seconds"] / few[f"{side}_{part}_seconds"] - 1
-        for side in SIDES
-        for part in ("forward_backward", "step")
-    }
+    growth = growth_with_experts(arguments.steps)
     print("\nfrom 16 to 128 experts: " + ", ".join(f"{key} {value:+.1%}" for key, value in growth.items()))
     result = {
         "question": "training step, float32, ours over Hugging Face (ratio above 1: ours is faster)",
@@ -117,9 +112,8 @@ def measure(config: DeepSeekV3Config, batch: int, length: int, steps: int) -> di
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(steps):
         for side, step in steps_of.items():
-            start = time.perf_counter()
-            _, forward_backward = step()
-            seconds[side].append(time.perf_counter() - start)
+            whole, forward_backward = timed(step)
+            seconds[side].append(whole)
             passes[side].append(forward_backward)
     peak = max(peak, matmul_flops())
     row: dict[str, Any] = {"matmul_gflops": round(peak / 1e9, 1)}
@@ -133,6 +127,36 @@ def measure(config: DeepSeekV3Config, batch: int, length: int, steps: int) -> di
     row["ratio_if_ours_were_at_the_peak"] = 1 / row["hf_share_of_peak"]
     row["ours_share_of_time_by_operator"] = time_by_operator(steps_of["ours"])
     return row
+
+
+def growth_with_experts(steps: int) -> dict[str, float]:
+    """Alternate the shapes with the fewest and the most experts: how much dearer is the second, pair by pair?"""
+    growth = {}
+    for side in SIDES:
+        pair = []
+        for shape in ("16 experts, top 2", "128 experts, top 8"):
+            values, batch, length = SHAPES[shape]
+            config = DeepSeekV3Config(**BASE | values)
+            torch.manual_seed(0)
+            model = DeepSeekV3(config) if side == "ours" else hugging_face_twin(DeepSeekV3(config))
+            pair.append(stepper(model, torch.randint(0, config.vocab_size, (batch, length))))
+        whole, passes = [], []
+        for step in pair:
+            step()
+        for _ in range(steps):
+            (few, few_passes), (many, many_passes) = (timed(step) for step in pair)
+            whole.append(many / few - 1)
+            passes.append(many_passes / few_passes - 1)
+        growth[f"{side}_forward_backward"] = statistics.median(passes)
+        growth[f"{side}_step"] = statistics.median(whole)
+    return growth
+
+
+def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Return the seconds of a step, and of its forward and backward."""
+    start = time.perf_counter()
+    _, forward_backward = step()
+    return time.perf_counter() - start, forward_backward
 
 
 def hugging_face_twin(ours: DeepSeekV3) -> torch.nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,6 @@ from lightning_dsv3.balance import (
     RouterAdapter,
     RouterObserver,
     averaged_copies,
-    broken_layers,
     claim_bias,
     copy_biases,
     data_parallel_group,
@@ -37,8 +35,10 @@ from lightning_dsv3.balance import (
     no_router_message,
     padding_mask,
     release_bias,
+    require_finite_routing,
     sum_over_ranks,
     update_biases,
+    valid_rate,
 )
 from lightning_dsv3.config import did_you_mean
 from lightning_dsv3.ops.balance import BIAS_RULES
@@ -140,7 +140,7 @@ class AuxFreeBalanceCallback(Callback):
         super().__init__()
         if rule not in BIAS_RULES:
             raise ValueError(f"rule={rule!r}: {did_you_mean(rule, BIAS_RULES)}")
-        self.update_rate = update_rate if callable(update_rate) else _valid_rate(update_rate)
+        self.update_rate = update_rate if callable(update_rate) else valid_rate(update_rate)
         self.dry_run = dry_run
         self.rule = rule
         self.install_bias = install_bias
@@ -399,7 +399,7 @@ class AuxFreeBalanceCallback(Callback):
 
     def _move_biases(self, counts: list[Tensor], stepped: bool | Tensor) -> None:
         rate: float | Tensor = (
-            _valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
+            valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
         )
         # What only the device knows is a factor of 0 or 1 of the rate: whether a fused optimizer has stepped, whether
         # the gate values were finite. A rate of 0 leaves a bias as it is.
@@ -415,12 +415,8 @@ class AuxFreeBalanceCallback(Callback):
         self._biases.write_rounded(moved)
 
     def _require_finite(self) -> None:
-        problems = [] if self.dry_run else broken_layers(self._routers, self._broken_forwards)
-        if problems:
-            raise RuntimeError(
-                f"Routing has broken down in {'; '.join(problems)}. Their biases have not moved since. Go back to a "
-                "checkpoint before that, and look at the learning rate, the loss scale and the data of these steps."
-            )
+        if not self.dry_run:
+            require_finite_routing(self._routers, self._broken_forwards)
 
     def _update_averaged_copies(self, trainer: pl.Trainer) -> None:
         # Also after an exception, when the model is no longer this callback's: a checkpoint may yet be saved.
@@ -457,9 +453,3 @@ class AuxFreeBalanceCallback(Callback):
         counts = torch.cat([window[router.name] for router in self._routers])
         is_first = self._group is None or dist.get_rank(self._group) == 0
         return (counts if is_first else torch.zeros_like(counts)).to(self._tokens_seen.device)
-
-
-def _valid_rate(rate: float) -> float:
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"update_rate={rate!r} must be a finite number, at least 0 (the report uses 0.001).")
-    return float(rate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lightning_dsv3.balance.adapter import DeepSeekV3RouterAdapter, NativeUpdater, RouterAdapter
 from lightning_dsv3.balance.averaging import averaged_copies, copy_biases
-from lightning_dsv3.balance.biases import Float32Biases, require_float32_bias, update_biases
+from lightning_dsv3.balance.biases import Float32Biases, require_float32_bias, update_biases, valid_rate
 from lightning_dsv3.balance.discovery import (
     NATIVE_ADAPTERS,
     ObservedRouter,
@@ -17,7 +17,7 @@ from lightning_dsv3.balance.discovery import (
     matching_routers,
     no_router_message,
 )
-from lightning_dsv3.balance.health import broken_layers
+from lightning_dsv3.balance.health import broken_layers, require_finite_routing
 from lightning_dsv3.balance.hugging_face import HuggingFaceRouterAdapter
 from lightning_dsv3.balance.installation import install_biases, install_biases_before_loading
 from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
@@ -58,8 +58,10 @@ __all__ = [
     "no_router_message",
     "padding_mask",
     "release_bias",
+    "require_finite_routing",
     "require_float32_bias",
     "save_loads",
     "sum_over_ranks",
     "update_biases",
+    "valid_rate",
 ]

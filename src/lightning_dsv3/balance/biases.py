@@ -11,6 +11,7 @@ from the user, and are taken over.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -163,3 +164,10 @@ class Float32Biases:
 
 def _can_replace(router: ObservedRouter, tensor: Tensor) -> bool:
     return router.adapter.takes_float32_bias and not isinstance(tensor, DTensor)
+
+
+def valid_rate(rate: float) -> float:
+    """Return a bias update rate that can be used: finite and not negative."""
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"update_rate={rate!r} must be a finite number, at least 0 (the report uses 0.001).")
+    return float(rate)

@@ -29,3 +29,16 @@ def broken_layers(routers: Sequence[ObservedRouter], broken_forwards: Tensor) ->
         elif forwards:
             problems.append(f"{router.name} ({router.path}): its gate values were not finite in {forwards} forward(s)")
     return problems
+
+
+def require_finite_routing(routers: Sequence[ObservedRouter], broken_forwards: Tensor) -> None:
+    """Refuse to go on where :func:`broken_layers` finds a layer.
+
+    Raises:
+        RuntimeError: A router's gate values or its bias are not finite; the layers are named.
+    """
+    if problems := broken_layers(routers, broken_forwards):
+        raise RuntimeError(
+            f"Routing has broken down in {'; '.join(problems)}. Their biases have not moved since. Go back to a "
+            "checkpoint before that, and look at the learning rate, the loss scale and the data of these steps."
+        )

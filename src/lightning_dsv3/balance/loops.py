@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dsv3.balance.adapter import RouterAdapter
-from lightning_dsv3.balance.biases import Float32Biases, update_biases
+from lightning_dsv3.balance.biases import Float32Biases, update_biases, valid_rate
 from lightning_dsv3.balance.discovery import NATIVE_ADAPTERS, ObservedRouter, find_routers, no_router_message
-from lightning_dsv3.balance.health import broken_layers
+from lightning_dsv3.balance.health import require_finite_routing
 from lightning_dsv3.balance.loads import max_violations
 from lightning_dsv3.balance.observer import RouterObserver
 from lightning_dsv3.balance.ownership import claim_bias, native_updaters, release_bias
@@ -97,7 +97,7 @@ class balanced:  # noqa: N801 - reads as a phrase after `with`, like torch's no_
     ) -> None:
         if rule not in BIAS_RULES:
             raise ValueError(f"rule={rule!r} is none of {', '.join(BIAS_RULES)}.")
-        self.update_rate = update_rate if callable(update_rate) else _valid_rate(update_rate)
+        self.update_rate = update_rate if callable(update_rate) else valid_rate(update_rate)
         self.rule = rule
         self.dry_run = dry_run
         self._model = model
@@ -246,7 +246,7 @@ class balanced:  # noqa: N801 - reads as a phrase after `with`, like torch's no_
             self._require_finite()
 
     def _move_biases(self, counts: list[Tensor], stepped: bool | Tensor) -> None:
-        rate = _valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
+        rate = valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
         # What only the device knows is a factor of 0 or 1 of the rate, as in the callback.
         rates = rate * (self._broken_forwards == 0).to(torch.float32)
         if isinstance(stepped, Tensor):
@@ -266,12 +266,8 @@ class balanced:  # noqa: N801 - reads as a phrase after `with`, like torch's no_
         self._seen_all_routers = True
 
     def _require_finite(self) -> None:
-        problems = [] if self.dry_run else broken_layers(self._routers, self._broken_forwards)
-        if problems:
-            raise RuntimeError(
-                f"Routing has broken down in {'; '.join(problems)}. Their biases have not moved since. Go back to a "
-                "checkpoint before that, and look at the learning rate, the loss scale and the data of these steps."
-            )
+        if not self.dry_run:
+            require_finite_routing(self._routers, self._broken_forwards)
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:
@@ -288,9 +284,3 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
 
 def _device_of(module: nn.Module) -> torch.device:
     return next(iter([*module.parameters(), *module.buffers()])).device
-
-
-def _valid_rate(rate: float) -> float:
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"update_rate={rate!r} must be a finite number, at least 0 (the report uses 0.001).")
-    return float(rate)

@@ -2,7 +2,6 @@
 
 A comment right above a block says what the page itself should not show:
 
-    <!-- test: skip (reason) -->        the block is not run; the reason is shown
     <!-- test: before                   code to run before a Python block, for example to define the
     ...                                 reader's own model, or to make the run tiny
     -->
@@ -46,7 +45,6 @@ class Block:
     language: str
     code: str
     before: str = ""
-    skip: str = ""
 
     def __str__(self) -> str:
         return f"{self.language or 'plain'}-line{self.line}"
@@ -56,13 +54,12 @@ def read_blocks(text: str) -> list[Block]:
     blocks = []
     for match in BLOCK.finditer(text):
         mark = (match["mark"] or "").strip()
-        skip = re.fullmatch(r"skip \((.+)\)", mark, re.S)
         before = re.fullmatch(r"before\n(.*)", mark, re.S)
-        if mark and not (skip or before):
+        if mark and not before:
             raise ValueError(f"README.md: unknown mark <!-- test: {mark} -->")
         line = text.count("\n", 0, match.start("fence")) + 1
         language = match["language"].strip()
-        blocks.append(Block(line, language, match["code"], before[1] if before else "", skip[1] if skip else ""))
+        blocks.append(Block(line, language, match["code"], before[1] if before else ""))
     return blocks
 
 
@@ -127,8 +124,6 @@ BLOCKS = read_blocks(README.read_text(encoding="utf-8")) if README.exists() else
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python_block_runs(block, tmp_path):
-    if block.skip:
-        pytest.skip(block.skip)
     (tmp_path / "block.py").write_text(block.before + "\n" + block.code)
     environ = os.environ | {"LIGHTNING_DSV3_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "block.py"]
@@ -138,8 +133,6 @@ def test_python_block_runs(block, tmp_path):
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in SHELLS], ids=str)
 def test_shell_block_names_what_exists(block, monkeypatch):
-    if block.skip:
-        pytest.skip(block.skip)
     monkeypatch.chdir(ROOT)
     for words in shell_commands(block.code):
         check_command(words)
@@ -154,7 +147,7 @@ def test_the_page_shows_python_and_both_commands():
     commands = [words for block in BLOCKS if block.language in SHELLS for words in shell_commands(block.code)]
     assert ["make", "train"] in commands
     assert ["make", "test"] in commands
-    assert any(block.language == "python" and not block.skip for block in BLOCKS)
+    assert any(block.language == "python" for block in BLOCKS)
 
 
 def test_links_and_pictures_lead_to_files_of_the_project():
@@ -167,14 +160,14 @@ class TestThisTest:
     """The reader of the page is itself checked."""
 
     PAGE = (
-        "<!-- test: skip (needs eight GPUs) -->\n```bash\nlightning run model\n```\n"
+        "a line\n```bash\nlightning run model\n```\n"
         "<!-- test: before\nx = 1\n-->\n```python\nprint(x)\n```\n"
         "```console\n$ make test && A=1 make train ARGS='a=1'  # all\nan output line\n```\n"
     )
 
     def test_blocks_and_marks_are_read(self):
         first, second, third = read_blocks(self.PAGE)
-        assert (first.skip, first.line) == ("needs eight GPUs", 2)
+        assert (first.before, first.line) == ("", 2)
         assert (second.before.strip(), second.code) == ("x = 1", "print(x)\n")
         assert shell_commands(third.code) == [["make", "test"], ["make", "train", "ARGS=a=1"]]
 

@@ -36,6 +36,9 @@ class DeepSeekV3Output:
         mtp_losses: Cross entropy of each MTP depth, float32 scalars (eq. 24); with documents, over the positions whose
             token i + k is of their own document.
         routing: What each router decided, main blocks first, then MTP modules.
+        residual: State behind the last block, before the final norm, ``[B, S, D]``.
+        hidden: State after the final norm, which the head reads, ``[B, S, D]``.
+        mtp_hidden: State of each MTP depth k after its norm, which the head reads too, ``[B, S - k, D]``.
     """
 
     logits: Tensor | None
@@ -44,6 +47,9 @@ class DeepSeekV3Output:
     mtp_logits: tuple[Tensor, ...]
     mtp_losses: tuple[Tensor, ...]
     routing: tuple[RouterOutput, ...]
+    residual: Tensor
+    hidden: Tensor
+    mtp_hidden: tuple[Tensor, ...]
 
 
 class DeepSeekV3(nn.Module):
@@ -145,6 +151,9 @@ class DeepSeekV3(nn.Module):
             mtp_logits=tuple(self.head(state) for state in states) if return_logits else (),
             mtp_losses=mtp_losses,
             routing=tuple(r for r in routing if r is not None),
+            residual=x_BSD,
+            hidden=h_BSD,
+            mtp_hidden=tuple(states),
         )
 
     def _positions(self, x_BSD: Tensor, document: Tensor | None) -> Positions:

@@ -28,8 +28,9 @@ from lightning_dsv3.config import (
 )
 from lightning_dsv3.config.balance import check_balance, expert_groups
 from lightning_dsv3.layers.router import Router, RouterOutput
-from lightning_dsv3.metrics import BitsPerByte
-from lightning_dsv3.model import DeepSeekV3
+from lightning_dsv3.metrics import BitsPerByte, MTPAcceptance
+from lightning_dsv3.model import DeepSeekV3, DeepSeekV3Output
+from lightning_dsv3.ops.acceptance import chain_counts, teacher_forced_acceptance
 from lightning_dsv3.ops.balance_methods import BalanceTerms, CountWindow, balance_terms
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, shifted_targets
 
@@ -90,6 +91,7 @@ class DeepSeekV3Steps(_Base):
         self._tokens_of_first = 0  # of the first of them, this rank
         self._balance_counts = CountWindow()
         self._bits_per_byte: dict[str, BitsPerByte] = {}
+        self._mtp_acceptance: dict[str, MTPAcceptance] = {}
 
     def setup(self, stage: str) -> None:
         """Refuse text with ids that the model does not have, before one of them is looked up."""
@@ -137,28 +139,28 @@ class DeepSeekV3Steps(_Base):
         self.log("train/tokens", float(self.tokens_seen))
 
     def on_validation_epoch_start(self) -> None:
-        """Begin bits per byte anew."""
-        self._start_bits_per_byte()
+        """Begin bits per byte and acceptance anew."""
+        self._start_metrics()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the held-out loss and to the bits per byte of its domains."""
+        """Add a batch to the held-out loss, the bits per byte of its domains and the acceptance of MTP's drafts."""
         self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Log bits per byte."""
-        self._log_bits_per_byte("val")
+        """Log bits per byte and acceptance."""
+        self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        """Begin bits per byte anew."""
-        self._start_bits_per_byte()
+        """Begin bits per byte and acceptance anew."""
+        self._start_metrics()
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """As in validation, on the test split."""
         self._evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
-        """Log bits per byte."""
-        self._log_bits_per_byte("test")
+        """Log bits per byte and acceptance."""
+        self._log_metrics("test")
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Say of each position what the model expects next, and how surprised it is by what comes.
@@ -269,6 +271,7 @@ class DeepSeekV3Steps(_Base):
         if output.mtp_losses:
             mtp_loss = torch.stack(output.mtp_losses).mean()
             self.log(f"{stage}/mtp_loss", mtp_loss, batch_size=weight, sync_dist=True, on_epoch=True)
+            self._count_drafts(output, labels, batch.get("document"))
         if "domain" not in batch or not self._bits_per_byte:
             return
         token_bytes = self.trainer.datamodule.token_bytes.to(input_ids.device)  # type: ignore[attr-defined]
@@ -277,13 +280,35 @@ class DeepSeekV3Steps(_Base):
             rows = batch["domain"] == index
             metric.update(output.token_losses[rows], bytes_BS[rows])
 
-    def _start_bits_per_byte(self) -> None:
-        """Make a metric for every domain on every rank, as computing one is a collective operation."""
+    def _count_drafts(self, output: DeepSeekV3Output, labels: Tensor, document: Tensor | None) -> None:
+        if not self._mtp_acceptance:
+            return
+        acceptance = teacher_forced_acceptance(
+            output.hidden, output.mtp_hidden, self.model.head.weight, labels, document
+        )
+        greedy, sampled, counted = acceptance
+        self._mtp_acceptance["mtp_acceptance"].update(*chain_counts(greedy, counted))
+        self._mtp_acceptance["mtp_acceptance_sampled"].update(*chain_counts(sampled, counted))
+        self._mtp_acceptance["mtp_acceptance_alone"].update(counted.sum(dim=(1, 2)), greedy.sum(dim=(1, 2)))
+
+    def _start_metrics(self) -> None:
+        """Make every metric on every rank, as computing one is a collective operation."""
         datamodule = getattr(self.trainer, "datamodule", None)
         domains = datamodule.domains if datamodule is not None and hasattr(datamodule, "token_bytes") else []
         self._bits_per_byte = {domain: BitsPerByte().to(self.device) for domain in domains}
+        depths = len(self.model.mtp)
+        kinds = {"mtp_acceptance": True, "mtp_acceptance_sampled": True, "mtp_acceptance_alone": False}
+        self._mtp_acceptance = {
+            name: MTPAcceptance(depths, conditional=conditional).to(self.device)
+            for name, conditional in (kinds if depths else {}).items()
+        }
 
-    def _log_bits_per_byte(self, stage: str) -> None:
+    def _log_metrics(self, stage: str) -> None:
+        for name, metric in self._mtp_acceptance.items():
+            rates = dict(enumerate(metric.compute().flatten(), start=1))
+            if not metric.conditional:
+                del rates[1]  # nothing is before the first depth: the same figure
+            self.log_dict({f"{stage}/{name}/{depth}": rate for depth, rate in rates.items()})
         if not self._bits_per_byte:
             return
         values = {domain: metric.compute() for domain, metric in self._bits_per_byte.items()}
@@ -300,7 +325,13 @@ class DeepSeekV3Module(DeepSeekV3Steps, LightningModule):
 
     Logged: ``train/loss`` (main head), ``train/mtp_loss``, ``train/balance/<method>``, ``train/total_loss``,
     ``train/learning_rate``; ``val/loss``, ``val/mtp_loss``, and where the data module has ``token_bytes``,
-    ``val/<domain>/bpb`` and their mean ``val/bpb``.
+    ``val/<domain>/bpb`` and their mean ``val/bpb``; the same with ``test/``.
+
+    How often speculative decoding would accept the MTP modules' drafts, estimated on the held-out text
+    (:mod:`lightning_dsv3.ops.acceptance`), is logged for each depth k: ``val/mtp_acceptance/<k>`` in greedy decoding
+    and ``val/mtp_acceptance_sampled/<k>`` in sampling, both of the drafts whose predecessors were accepted, and from
+    depth 2 ``val/mtp_acceptance_alone/<k>`` of all drafts, greedy. nan where no draft got so far. This costs two
+    products with the head per depth and validation batch, no logits are kept.
 
     Every token of an optimizer step has the same weight in its gradient, however the step is cut into micro-batches: a
     short one, or a window with fewer of them at the end of an epoch, is weighted by its tokens (padding included; ranks

@@ -7,6 +7,7 @@ The backward pass then only multiplies by the loss's own gradient: no logits are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,11 +48,8 @@ def linear_cross_entropy(
     """
     if denominator is None:
         denominator = count_targets(targets_N)
-    device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    with torch.autocast(device, enabled=False):
+    hidden_ND, weight_VD = head_operands(hidden_ND, weight_VD)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
         needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
         loss, token_losses = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, denominator, needs_grad)
     return HeadLoss(loss, token_losses)
@@ -62,24 +60,46 @@ def count_targets(targets_N: Tensor) -> Tensor:
     return (targets_N != IGNORE_INDEX).sum().clamp(min=1).to(torch.float32)
 
 
+def head_operands(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Return hidden states and head in the dtype in which autocast multiplies them; as they are, where it is off."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    return tuple(operand.to(torch.get_autocast_dtype(device)) for operand in operands)
+
+
+def logit_chunks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Make the logits of some rows at a time.
+
+    Args:
+        hidden_ND: Hidden states ``[N, D]``.
+        weight_VD: Head ``[V, D]``, of the same dtype.
+
+    Yields:
+        The rows, and their logits ``[V, n]``, at least float32: to be changed at will, and gone at the next chunk.
+    """
+    num_rows, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
+    elements = _CHUNK_ELEMENTS if hidden_ND.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+    columns = max(1, min(num_rows, elements // vocab_size))
+    # One piece of memory for every chunk: fresh memory of this size costs more than the softmax in it.
+    memory = torch.empty(vocab_size * columns, dtype=accumulation_dtype(hidden_ND), device=hidden_ND.device)
+    for start in range(0, num_rows, columns):
+        part = slice(start, min(start + columns, num_rows))
+        hidden_nD = hidden_ND[part]
+        # Tokens are columns: this way round the product reads both operands along their rows.
+        yield part, _product(memory[: vocab_size * len(hidden_nD)].view(vocab_size, -1), weight_VD, hidden_nD.mT)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, denominator, needs_grad):  # type: ignore[no-untyped-def]
-        num_rows, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
-        elements = _CHUNK_ELEMENTS if hidden_ND.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
-        columns = min(num_rows, max(1, elements // vocab_size))
-        wide = _accumulation_dtype(hidden_ND)
-        token_losses = torch.empty(num_rows, dtype=wide, device=hidden_ND.device)
+        wide = accumulation_dtype(hidden_ND)
+        token_losses = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
         # float32 even for a bfloat16 head: a sum of many chunks in bfloat16 loses the small ones.
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else None
-        # One piece of memory for every chunk: fresh memory of this size costs more than the softmax in it.
-        memory = torch.empty(vocab_size * columns, dtype=wide, device=hidden_ND.device)
-        for start in range(0, num_rows, columns):
-            hidden, targets_n = hidden_ND[start : start + columns], targets_N[start : start + columns]
-            part = slice(start, start + hidden.shape[0])
-            # Tokens are columns: this way round the product reads both operands along their rows.
-            z_Vn = _product(memory[: vocab_size * hidden.shape[0]].view(vocab_size, -1), weight_VD, hidden.mT)
+        for part, z_Vn in logit_chunks(hidden_ND, weight_VD):
+            hidden, targets_n = hidden_ND[part], targets_N[part]
             ignored = targets_n == IGNORE_INDEX
             row = targets_n.masked_fill(ignored, 0).unsqueeze(0)
             target_z, largest_z = z_Vn.gather(0, row).squeeze(0), z_Vn.amax(dim=0)
@@ -117,7 +137,8 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.copy_(a @ b)
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which logits and sums over the vocabulary are held: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -136,4 +157,32 @@ def shifted_targets(labels_BS: Tensor, shift: int) -> Tensor:
     return targets
 
 
-__all__ = ["IGNORE_INDEX", "HeadLoss", "count_targets", "linear_cross_entropy", "shifted_targets"]
+def mtp_targets(labels_BS: Tensor, depth: int, document_BS: Tensor | None = None) -> Tensor:
+    """Return what MTP depth k predicts at each position: label i + k + 1; -100 where there is nothing to predict.
+
+    Args:
+        labels_BS: int64 ``[B, S]``.
+        depth: k, less than S.
+        document_BS: Number of each position's document, int64 ``[B, S]``: a position has no target where token i + k,
+            which the module reads, is another document's. None: a row is one text.
+
+    Returns:
+        int64 ``[B, S - k]``.
+    """
+    targets = shifted_targets(labels_BS, depth + 1)[:, :-depth]
+    if document_BS is None:
+        return targets
+    return targets.masked_fill(document_BS[:, depth:] != document_BS[:, :-depth], IGNORE_INDEX)
+
+
+__all__ = [
+    "IGNORE_INDEX",
+    "HeadLoss",
+    "accumulation_dtype",
+    "count_targets",
+    "head_operands",
+    "linear_cross_entropy",
+    "logit_chunks",
+    "mtp_targets",
+    "shifted_targets",
+]

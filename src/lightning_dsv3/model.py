@@ -20,6 +20,7 @@ from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import Router, RouterOutput
 from lightning_dsv3.ops.attention import Positions, document_mask
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, count_targets, linear_cross_entropy, shifted_targets
+from lightning_dsv3.ops.latent_attention import ModelCache
 from lightning_dsv3.ops.rope import rope_table
 
 
@@ -103,6 +104,7 @@ class DeepSeekV3(nn.Module):
         return_logits: bool = True,
         use_mtp: bool | None = None,
         document: Tensor | None = None,
+        cache: ModelCache | None = None,
     ) -> DeepSeekV3Output:
         """Predict the next token at each position, and with MTP the ones behind it.
 
@@ -116,17 +118,19 @@ class DeepSeekV3(nn.Module):
                 one another, each with its own number. A position then attends to its own document alone (report,
                 section 5.1). None: a row is one text, attention reaches over its borders (section 4.1). In both the
                 last token of a document predicts the first of the next, which is the end of sentence between them.
+            cache: What is kept of the tokens before these, which then follow them, and what these are kept in
+                (:mod:`lightning_dsv3.inference`). The MTP modules have caches of their own and are not run with it.
 
         Returns:
             Logits and losses; see :class:`DeepSeekV3Output`.
         """
         config = self.config
         embedding_BSD = self.embedding(input_ids)
-        positions = self._positions(embedding_BSD, document)
+        positions = self._positions(embedding_BSD, document) if cache is None else cache.positions
         routing: list[RouterOutput | None] = []
         x_BSD = embedding_BSD
-        for block in self.blocks:
-            x_BSD, block_routing = block(x_BSD, positions)
+        for layer, block in enumerate(self.blocks):
+            x_BSD, block_routing = block(x_BSD, positions, None if cache is None else cache.layer(layer))
             routing.append(block_routing)
         h_BSD = self.norm(x_BSD)
 

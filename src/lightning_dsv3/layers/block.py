@@ -11,6 +11,7 @@ from lightning_dsv3.layers.moe import MixtureOfExperts
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import RouterOutput
 from lightning_dsv3.ops.attention import Positions
+from lightning_dsv3.ops.latent_attention import LayerCache
 
 
 class TransformerBlock(nn.Module):
@@ -29,9 +30,11 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(d, config.rms_norm_eps)
         self.feed_forward = FeedForward(d, config.intermediate_size) if dense else MixtureOfExperts(config)
 
-    def forward(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, RouterOutput | None]:
+    def forward(
+        self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
+    ) -> tuple[Tensor, RouterOutput | None]:
         """Map the residual stream ``[B, S, D]`` to itself; the second result is None for a dense block."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), positions)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), positions, cache)
         y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD))
         routing = None
         if isinstance(y_BSD, tuple):

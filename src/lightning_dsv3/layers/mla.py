@@ -1,4 +1,4 @@
-"""Multi-head latent attention, in the form that training uses (report, section 2.1.1, eq. 1-11).
+"""Multi-head latent attention (report, section 2.1.1, eq. 1-11).
 
     c_KV = norm(W_DKV h)                    latent of keys and values, all that inference would cache besides k_R
     k_R  = RoPE(W_KR h)                     one rotary key for all heads
@@ -6,17 +6,31 @@
     c_Q  = norm(W_DQ h),  [q_C ; q_R] = [W_UQ ; RoPE W_QR] c_Q
     o    = softmax([q_C ; q_R] [k_C ; k_R]^T * scale) v_C,   u = W_O o
 
-Shapes: B batch, S sequence, D model, H heads, Q = nope + rope query and key width, V value width.
+Training and the first tokens of a text make each head's keys and values. Later tokens of a cached text attend to the
+latents: :mod:`lightning_dsv3.ops.latent_attention` tells how.
+
+Shapes: B batch, S sequence, D model, H heads, Q = nope + rope query and key width, V value width, C latent width, R
+rotary width, U = nope + V, W = C + R.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.ops.attention import Positions, causal_attention, latent_heads
-from lightning_dsv3.ops.rope import softmax_scale
+from lightning_dsv3.ops.latent_attention import (
+    LayerCache,
+    Segment,
+    absorbed_attention,
+    absorbed_is_cheaper,
+    expanded_attention,
+)
+from lightning_dsv3.ops.rope import apply_rope, softmax_scale
 
 # DeepSeek's code and Hugging Face's use this epsilon for the latents whatever rms_norm_eps says (Moonlight: 1e-5).
 _LATENT_EPS = 1e-6
@@ -52,19 +66,52 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.output = nn.Linear(heads * config.v_head_dim, d, bias=False)
 
-    def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Attend causally.
 
         Args:
             x_BSD: Normalised residual stream ``[B, S, D]``.
             positions: Where the S tokens stand, and the mask between documents.
+            cache: What is kept of the tokens before them, and will be of these.
 
         Returns:
             ``[B, S, D]``.
         """
         q_BSHQ = self.q(x_BSD).unflatten(-1, (self.num_heads, self.qk_nope_head_dim + self.qk_rope_head_dim))
-        latent, k_rope_BSR = self.kv_down(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv_BSHU = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.num_heads, -1))
-        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, positions.cos, positions.sin, v_head_dim=self.v_head_dim)
+        latent_BSC, k_rope_BSR = self.kv_down(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent_BSC = self.kv_norm(latent_BSC)
+        cos, sin = positions.cos, positions.sin
+        if cache is not None:
+            turned_BSR = apply_rope(k_rope_BSR, cos, sin)
+            segments = cache.append(torch.cat([latent_BSC, turned_BSR.to(latent_BSC.dtype)], dim=-1))
+            if segments is not None:
+                return self.output(self._attend_to_cache(q_BSHQ, segments, positions).flatten(-2))
+        kv_BSHU = self._expand(latent_BSC)
+        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim=self.v_head_dim)
         out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=self.v_head_dim, mask=positions.mask)
         return self.output(out_BHSV.transpose(1, 2).flatten(-2))
+
+    def _expand(self, latent: Tensor) -> Tensor:
+        """Return each head's key without position and value: ``[..., C]`` to ``[..., H, U]``."""
+        return self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
+
+    def _attend_to_cache(self, q_BSHQ: Tensor, segments: Sequence[Segment], positions: Positions) -> Tensor:
+        """Return ``[B, S, H, V]``, by the form that takes less work."""
+        nope, rope, latent_dim = self.qk_nope_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
+        q_nope_BSHN, q_rope_BSHR = q_BSHQ.split([nope, rope], dim=-1)
+        q_rope_BSHR = apply_rope(q_rope_BSHR, positions.cos, positions.sin)
+        widths = {"latent_dim": latent_dim, "rope_dim": rope, "nope_dim": nope, "v_head_dim": self.v_head_dim}
+        if not absorbed_is_cheaper(segments, q_BSHQ.shape[1], **widths):
+            q_BSHQ = torch.cat([q_nope_BSHN, q_rope_BSHR], dim=-1) * self.scale
+            return expanded_attention(q_BSHQ, segments, self._expand, latent_dim=latent_dim, v_head_dim=self.v_head_dim)
+        weight_HUC = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
+        key_HNC, value_HVC = weight_HUC.split([nope, self.v_head_dim], dim=1)
+        q_BSHC = _by_head(q_nope_BSHN, key_HNC)
+        q_BSHW = torch.cat([q_BSHC, q_rope_BSHR.to(q_BSHC.dtype)], dim=-1) * self.scale
+        return _by_head(absorbed_attention(q_BSHW, segments, latent_dim=latent_dim), value_HVC.mT)
+
+
+def _by_head(x_BSHI: Tensor, weight_HIO: Tensor) -> Tensor:
+    """Multiply each head's vector with the head's matrix: ``[B, S, H, I]`` to ``[B, S, H, O]``."""
+    x_HTI = x_BSHI.flatten(0, 1).transpose(0, 1)
+    return (x_HTI @ weight_HIO).transpose(0, 1).unflatten(0, x_BSHI.shape[:2])

@@ -24,6 +24,7 @@ from lightning_dsv3.layers.block import TransformerBlock
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import RouterOutput
 from lightning_dsv3.ops.attention import Positions
+from lightning_dsv3.ops.latent_attention import LayerCache
 
 
 class MTPModule(nn.Module):
@@ -39,7 +40,7 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(d, config.rms_norm_eps)
 
     def forward(
-        self, hidden_BSD: Tensor, embedding_BSD: Tensor, positions: Positions
+        self, hidden_BSD: Tensor, embedding_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor, RouterOutput | None]:
         """Run the module.
 
@@ -47,10 +48,11 @@ class MTPModule(nn.Module):
             hidden_BSD: State h^{k-1} of positions i, ``[B, S, D]``.
             embedding_BSD: Embeddings of the tokens i + k, ``[B, S, D]``.
             positions: Where the S positions i stand, and the mask between documents.
+            cache: What is kept of the module's earlier positions, and will be of these.
 
         Returns:
             State h^k before its norm, after its norm, and the block's routing.
         """
         joined = torch.cat([self.embedding_norm(embedding_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
-        h_BSD, routing = self.block(self.projection(joined), positions)
+        h_BSD, routing = self.block(self.projection(joined), positions, cache)
         return h_BSD, self.norm(h_BSD), routing

@@ -65,7 +65,7 @@ def _experts_in_blocks(
     x_TD: Tensor, gate_N: Tensor, token_N: Tensor, ends_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' sum ``[T, D]``, and gate and up of every pair ``[N, 2F]`` for the backward."""
-    blocks = _Blocks(ends_E, x_TD, down_EDF.shape[2])
+    blocks = _Blocks(ends_E, x_TD, down_EDF.shape[2], skip_idle=True)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD))
     z_NG = x_TD.new_empty(token_N.shape[0], gate_up_EGD.shape[1])
     gate_ups, downs = gate_up_EGD.mT.unbind(0), down_EDF.mT.unbind(0)
@@ -169,15 +169,18 @@ _experts_in_blocks.register_autograd(_backward, setup_context=_save_for_backward
 class _Blocks:
     """Neighbouring experts in blocks of at least one expert and about ``_BLOCK_ROWS`` pairs, and memory for a block.
 
-    Iterating yields the slice of a block's pairs, and its experts with the slice of each one's rows in the block.
+    Iterating yields the slice of a block's pairs, and its experts with the slice of each one's rows in the block;
+    ``skip_idle`` leaves out experts without rows, so that a few tokens touch the weights of the few experts they use.
     """
 
-    def __init__(self, ends_E: Tensor, like_TD: Tensor, expert_dim: int) -> None:
+    def __init__(self, ends_E: Tensor, like_TD: Tensor, expert_dim: int, *, skip_idle: bool = False) -> None:
         ends = ends_E.tolist()
         self._plan: list[tuple[slice, list[tuple[int, slice]]]] = []
         start, begin = 0, 0
         experts: list[tuple[int, slice]] = []
         for expert, end in enumerate(ends):
+            if skip_idle and end == begin:
+                continue
             if experts and end - start > _BLOCK_ROWS:
                 self._plan.append((slice(start, begin), experts))
                 start, experts = begin, []

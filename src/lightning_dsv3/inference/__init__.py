@@ -1,0 +1,5 @@
+"""Inference: the latent cache."""
+
+from lightning_dsv3.inference.cache import LatentCache, extend
+
+__all__ = ["LatentCache", "extend"]

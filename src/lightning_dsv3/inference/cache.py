@@ -1,0 +1,389 @@
+"""The latent KV cache: kv_lora_rank + qk_rope_head_dim values per token and layer (report, section 2.1.1; V3: 576).
+
+Rows are texts, each with a length of its own. The token at position p of a row lies p slots after the row's first, and
+whatever lies behind a row's length is never read, so that
+
+- ragged prompts, padded at the end, need no more than their lengths;
+- ``truncate`` moves nothing: drafts that were not accepted are overwritten by what comes next;
+- a pass that fails half-way leaves the cache as it was.
+
+It grows by chunks, each at least half as large as all before it: nothing is copied, and there are few to read.
+
+``fork`` makes a cache whose rows go on from rows of this one, any number of them from each. They read the common
+prefix where it lies, and add to chunks of their own. A fork of a fork does the same.
+
+    cache = LatentCache(model.config, batch_size=2)
+    output = extend(model, cache, prompts, num_tokens=[5, 7])           # prompts [2, 7]
+    branches = cache.fork([0, 0, 0, 1])                                 # four rows, from two prompts
+    output = extend(model, branches, options)                           # options [4, S]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from lightning_dsv3.config import DeepSeekV3Config
+from lightning_dsv3.model import DeepSeekV3, DeepSeekV3Output
+from lightning_dsv3.ops.attention import Positions
+from lightning_dsv3.ops.latent_attention import Segment
+from lightning_dsv3.ops.rope import rope_table
+
+# Slots that a chunk has at least.
+_SMALLEST_CHUNK = 64
+
+
+class LatentCache:
+    """Latents of all layers for the rows of a batch; see the module's text.
+
+    Memory is taken in the dtype and on the device of the first latents.
+
+    Args:
+        config: The model's configuration.
+        batch_size: B, the number of rows.
+        num_layers: Layers that keep latents; the model's blocks by default, 1 for an MTP module.
+
+    Attributes:
+        lengths: Tokens of each row.
+    """
+
+    def __init__(self, config: DeepSeekV3Config, batch_size: int, *, num_layers: int | None = None) -> None:
+        self.config = config
+        self.num_layers = config.num_hidden_layers if num_layers is None else num_layers
+        self.lengths: list[int] = [0] * batch_size
+        self._starts: list[int] = [0] * batch_size  # position of the first token that is this cache's own
+        self._levels: list[_Level] = []  # prefixes, the oldest first
+        self._chunks: list[_Chunk] = []
+        self._held: list[int] = [0] * batch_size  # tokens that forks read
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that its own chunks take; prefixes belong to the caches that they were forked from."""
+        return sum(chunk.latent.numel() * chunk.latent.element_size() for chunk in self._chunks)
+
+    def fork(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> LatentCache:
+        """Return a cache whose rows go on from rows of this one. Nothing is copied.
+
+        Rows that go on from the same one are read together if they stand together.
+
+        Args:
+            rows: For each new row, the row here.
+            lengths: How many tokens of it, by default all.
+
+        Raises:
+            ValueError: A length beyond the row's own, or within a prefix that this cache itself was forked from.
+        """
+        lengths = [self.lengths[row] for row in rows] if lengths is None else list(lengths)
+        for row, length in zip(rows, lengths, strict=True):
+            self._check_length(row, length, "fork")
+        fork = LatentCache(self.config, len(rows), num_layers=self.num_layers)
+        fork.lengths, fork._starts = list(lengths), list(lengths)
+        fork._levels = [level.of(rows) for level in self._levels]
+        fork._levels.append(_Level(self, list(rows), [n - self._starts[r] for r, n in zip(rows, lengths, strict=True)]))
+        for row, length in zip(rows, lengths, strict=True):
+            self._held[row] = max(self._held[row], length)
+        return fork
+
+    def select(self, rows: Sequence[int]) -> LatentCache:
+        """Return a cache with some of the rows, in the given order: their own chunks copied, prefixes shared."""
+        chosen = LatentCache(self.config, len(rows), num_layers=self.num_layers)
+        chosen.lengths = [self.lengths[row] for row in rows]
+        chosen._starts = [self._starts[row] for row in rows]
+        chosen._levels = [level.of(rows) for level in self._levels]
+        used = max((self._own_length(row) for row in rows), default=0)
+        index = torch.tensor(list(rows))
+        for chunk in self._chunks:
+            if chunk.start < used:
+                chosen._chunks.append(_Chunk(chunk.start, chunk.latent.index_select(1, index.to(chunk.latent.device))))
+        return chosen
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what is behind a length of each row.
+
+        Raises:
+            ValueError: A length beyond the row's own, within the prefix of a fork, or shorter than what forks read.
+        """
+        for row, length in enumerate(lengths):
+            self._check_length(row, length, "truncate")
+            if length < self._held[row]:
+                raise ValueError(
+                    f"lengths[{row}]={length}: forks of this cache read its first {self._held[row]} tokens; truncate "
+                    "the forks, or fork where they part"
+                )
+        self.lengths = list(lengths)
+
+    def prepare(self, num_new: int, num_tokens: Sequence[int] | None = None) -> Extension:
+        """Make room for new tokens; they count once the extension is committed.
+
+        Args:
+            num_new: S, columns of the new tokens.
+            num_tokens: How many of them are tokens of the row, the rest being padding at the end; all by default.
+
+        Raises:
+            ValueError: A row longer than ``max_position_embeddings``, or an impossible number of tokens.
+        """
+        tokens = [num_new] * self.batch_size if num_tokens is None else [int(n) for n in num_tokens]
+        if len(tokens) != self.batch_size:
+            raise ValueError(f"num_tokens: has {len(tokens)} values, and the cache {self.batch_size} rows")
+        for row, (length, new) in enumerate(zip(self.lengths, tokens, strict=True)):
+            if not 0 <= new <= num_new:
+                raise ValueError(f"num_tokens[{row}]={new}: must be from 0 to the {num_new} columns of the tokens")
+            if length + new > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"row {row} would have {length + new} tokens: the model has "
+                    f"max_position_embeddings={self.config.max_position_embeddings}; shorten the text"
+                )
+        return Extension(self, num_new, tokens)
+
+    def _own_length(self, row: int) -> int:
+        return self.lengths[row] - self._starts[row]
+
+    def _check_length(self, row: int, length: int, verb: str) -> None:
+        if not self._starts[row] <= length <= self.lengths[row]:
+            raise ValueError(
+                f"{verb}: row {row} cannot have {length} tokens; it has {self.lengths[row]}"
+                + (f", of which the first {self._starts[row]} are another cache's" if self._starts[row] else "")
+            )
+
+    def _grow(self, num_slots: int, like: Tensor) -> None:
+        """Add a chunk if there are fewer slots in each row."""
+        have = self._chunks[-1].stop if self._chunks else 0
+        if have >= num_slots:
+            return
+        size = max(num_slots - have, have // 2, _SMALLEST_CHUNK)
+        # Zeros, as what a mask hides is still multiplied: chance values could be NaN.
+        latent = like.new_zeros(self.num_layers, self.batch_size, size, like.shape[-1])
+        self._chunks.append(_Chunk(have, latent))
+
+
+class Extension:
+    """What one forward pass needs of a cache: the same for all layers, so it is worked out once.
+
+    A pass of the model takes it as its ``cache``; ``commit`` then makes the new tokens count.
+    """
+
+    def __init__(self, cache: LatentCache, num_new: int, num_tokens: Sequence[int]) -> None:
+        self._cache = cache
+        self._num_new, self._num_tokens = num_new, num_tokens
+        self._own_lengths = [cache._own_length(row) for row in range(cache.batch_size)]
+        self._is_first = not cache._levels and not any(self._own_lengths)
+        self._aligned = len(set(self._own_lengths)) == 1
+        self._reads: list[_Read] | None = None
+        self._writes: list[_Write] = []
+        self._positions: Positions | None = None
+        self._device = torch.device("cpu")
+
+    def on(self, device: torch.device) -> Extension:
+        """Say where the positions are wanted."""
+        self._device = device
+        return self
+
+    @property
+    def positions(self) -> Positions:
+        """Where the new tokens stand; ``[S, R / 2]`` if in all rows alike, else ``[B, S, R / 2]``."""
+        if self._positions is None:
+            lengths = self._cache.lengths
+            alike = len(set(lengths)) == 1
+            first = torch.tensor(lengths[0] if alike else lengths, device=self._device)
+            config = self._cache.config
+            cos, sin = rope_table(
+                first.unsqueeze(-1) + torch.arange(self._num_new, device=self._device),
+                dim=config.qk_rope_head_dim,
+                theta=config.rope_theta,
+                scaling=config.rope_scaling,
+            )
+            self._positions = Positions(cos, sin)
+        return self._positions
+
+    def layer(self, index: int) -> _LayerCache:
+        """Return the cache of a layer."""
+        return _LayerCache(self, index)
+
+    def commit(self) -> None:
+        """Make the new tokens part of their rows."""
+        lengths = self._cache.lengths
+        self._cache.lengths = [length + new for length, new in zip(lengths, self._num_tokens, strict=True)]
+
+    def append(self, layer: int, latent_BSW: Tensor) -> list[Segment] | None:
+        """Write a layer's latents; return what their tokens attend to, None where that is themselves alone."""
+        if self._reads is None:
+            self._cache._grow(max(self._own_lengths) + self._num_new, latent_BSW)
+            self._writes = self._plan_writes(latent_BSW.device)
+            self._reads = [] if self._is_first else self._plan_reads(latent_BSW)
+        for write in self._writes:
+            write.chunk.latent[layer][write.target] = latent_BSW[write.source]
+        return None if self._is_first else [read.segment(layer) for read in self._reads]
+
+    def _plan_writes(self, device: torch.device) -> list[_Write]:
+        writes = []
+        if self._aligned:
+            first = self._own_lengths[0]
+            for chunk in self._cache._chunks:
+                start, stop = max(chunk.start, first), min(chunk.stop, first + self._num_new)
+                if start < stop:
+                    target = (slice(None), slice(start - chunk.start, stop - chunk.start))
+                    writes.append(_Write(chunk, target, (slice(None), slice(start - first, stop - first))))
+            return writes
+        slots_BS = torch.tensor(self._own_lengths).unsqueeze(1) + torch.arange(self._num_new)
+        for chunk in self._cache._chunks:
+            row, column = ((slots_BS >= chunk.start) & (slots_BS < chunk.stop)).nonzero(as_tuple=True)
+            if row.numel():
+                slot = (slots_BS[row, column] - chunk.start).to(device)
+                row, column = row.to(device), column.to(device)
+                writes.append(_Write(chunk, (row, slot), (row, column)))
+        return writes
+
+    def _plan_reads(self, like: Tensor) -> list[_Read]:
+        cache = self._cache
+        reads: list[_Read] = []
+        column = 0
+        for level in cache._levels:
+            for chunk in level.cache._chunks:
+                seen = [min(visible, chunk.stop) - chunk.start for visible in level.visible]
+                width = max(seen)
+                if width <= 0:
+                    continue
+                for first, group, branches in level.groups:
+                    visible = seen[first : first + len(group) * branches]
+                    if max(visible) > 0:
+                        mask = _mask(torch.tensor(visible).unsqueeze(1), max(visible), like)
+                        reads.append(_Read(chunk, group, max(visible), first, branches, column, mask))
+                column += width
+        rows = slice(0, cache.batch_size)
+        # Where all rows are alike, one mask serves them all.
+        lengths = self._own_lengths[:1] if self._aligned else self._own_lengths
+        seen_BS = torch.tensor(lengths).unsqueeze(1) + torch.arange(1, self._num_new + 1)
+        for chunk in cache._chunks:
+            width = min(int(seen_BS.max()), chunk.stop) - chunk.start
+            if width > 0:
+                mask = _mask(seen_BS - chunk.start, width, like)
+                reads.append(_Read(chunk, rows, width, 0, 1, column, mask))
+                column += width
+        return reads
+
+
+@torch.no_grad()
+def extend(
+    model: DeepSeekV3, cache: LatentCache, input_ids: Tensor, num_tokens: Sequence[int] | None = None
+) -> DeepSeekV3Output:
+    """Run the model on tokens that follow those in the cache, and keep them there.
+
+    Args:
+        model: The model.
+        cache: Made for its configuration. Changed only when all went well.
+        input_ids: New tokens of each row, int64 ``[B, S]``, padded at the end with any id.
+        num_tokens: How many of the S are the row's, by default all. States behind them mean nothing.
+
+    Returns:
+        The states of the new tokens, without logits: ``model.head(output.hidden[...])`` gives those that are wanted.
+
+    Raises:
+        ValueError: A cache for another configuration or number of rows, or a text that is too long.
+    """
+    if cache.config is not model.config and cache.config != model.config:
+        raise ValueError(f"cache: it was made for another configuration ({_differences(cache.config, model.config)})")
+    if input_ids.dim() != 2 or input_ids.shape[0] != cache.batch_size:
+        raise ValueError(
+            f"input_ids: shape {list(input_ids.shape)}, but the cache has {cache.batch_size} rows; give [rows, tokens]"
+        )
+    extension = cache.prepare(input_ids.shape[1], num_tokens).on(input_ids.device)
+    output: DeepSeekV3Output = model(input_ids, return_logits=False, cache=extension)
+    extension.commit()
+    return output
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Slots ``start`` to ``stop`` of each row's own tokens, all layers: ``[L, B, stop - start, W]``."""
+
+    start: int
+    latent: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.latent.shape[2]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A prefix: for each row the row of the cache that holds it, and how many of that cache's own slots it sees."""
+
+    cache: LatentCache
+    rows: list[int]
+    visible: list[int]
+
+    def of(self, rows: Sequence[int]) -> _Level:
+        """Return the same for some of the rows."""
+        return _Level(self.cache, [self.rows[row] for row in rows], [self.visible[row] for row in rows])
+
+    @property
+    def groups(self) -> list[tuple[int, range, int]]:
+        """Rows that can be read in one product: the first one, the prefix's rows, and how many share each."""
+        runs = []
+        first = 0
+        for row, same in groupby(self.rows):
+            branches = len(list(same))
+            runs.append((first, range(row, row + 1), branches))
+            first += branches
+        joined = runs[:1]
+        for first, group, branches in runs[1:]:
+            start, before, before_branches = joined[-1]
+            if branches == before_branches and group.start == before.stop:
+                joined[-1] = (start, range(before.start, group.stop), branches)
+            else:
+                joined.append((first, group, branches))
+        return joined
+
+
+@dataclass(frozen=True)
+class _Write:
+    chunk: _Chunk
+    target: tuple
+    source: tuple
+
+
+@dataclass(frozen=True)
+class _Read:
+    chunk: _Chunk
+    rows: range | slice
+    width: int
+    first_row: int
+    branches: int
+    column: int
+    mask: Tensor | None
+
+    def segment(self, layer: int) -> Segment:
+        latent = self.chunk.latent[layer, self.rows.start : self.rows.stop, : self.width]
+        return Segment(latent, self.first_row, self.branches, self.column, self.mask)
+
+
+@dataclass(frozen=True)
+class _LayerCache:
+    extension: Extension
+    index: int
+
+    def append(self, latent_BSW: Tensor) -> list[Segment] | None:
+        return self.extension.append(self.index, latent_BSW)
+
+
+def _mask(visible: Tensor, width: int, like: Tensor) -> Tensor | None:
+    """Return 0 for the first ``visible`` of ``width`` slots and minus infinity behind; ``[*visible, width]`` or None."""
+    if int(visible.min()) >= width:
+        return None
+    visible = visible.to(like.device)
+    mask = torch.zeros(*visible.shape, width, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(torch.arange(width, device=like.device) >= visible.unsqueeze(-1), float("-inf"))
+
+
+def _differences(config: DeepSeekV3Config, other: DeepSeekV3Config) -> str:
+    mine, theirs = config.to_dict(), other.to_dict()
+    return ", ".join(f"{key}={mine[key]}, the model {theirs[key]}" for key in mine if mine[key] != theirs.get(key))

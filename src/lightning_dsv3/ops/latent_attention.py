@@ -1,0 +1,235 @@
+"""Attention to cached latents, in both forms that MLA has (report, section 2.1.1).
+
+A cache keeps per token the latent c_KV and the rotary key k_R, W = C + R values for all heads. From them come
+
+    expanded   k_C = W_UK c_KV and v_C = W_UV c_KV of every head, then attention as in training;
+    absorbed   q~ = W_UK^T q_C instead, so that a head's score is q~ . c_KV + q_R . k_R, and o = W_UV (sum_j p_j c_KV_j):
+               all heads read the same C + R values, and nothing of the cache is expanded.
+
+The absorbed form costs a head 2C + R multiplications per query and slot where the expanded one costs N + R + V, and
+saves the C (N + V) that it takes to expand a slot: it is the form for few queries, decoding above all.
+
+What is cached lies in segments: pieces that were allocated one after the other, and prefixes that many rows share. A
+segment is read where it lies; only scores are put side by side.
+
+Shapes: B rows, S queries of a row, H heads, C latent width, R rotary width, N key width without position, V value
+width, W = C + R, G rows of a segment, T slots of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_dsv3.ops.attention import Positions
+
+# Scores that are in memory at a time; beyond it, queries are taken in slices.
+_MOST_SCORES = 1 << 25
+
+
+class Segment(NamedTuple):
+    """Cached latents, and the rows that attend to them.
+
+    Attributes:
+        latent_GTW: Latents and rotary keys, ``[G, T, W]``.
+        first_row: The first of the rows that attend to them.
+        branches: How many rows share each of the G: row ``first_row + g * branches + j`` attends to g.
+        column: Where the segment's T slots stand among all that a row attends to.
+        mask: What is added to the scores, 0 or minus infinity, ``[G * branches or 1, S or 1, T]``; None for nothing.
+    """
+
+    latent_GTW: Tensor
+    first_row: int
+    branches: int
+    column: int
+    mask: Tensor | None
+
+    @property
+    def rows(self) -> slice:
+        """The rows that attend to the segment."""
+        return slice(self.first_row, self.first_row + self.latent_GTW.shape[0] * self.branches)
+
+    @property
+    def columns(self) -> slice:
+        """The columns of its scores."""
+        return slice(self.column, self.column + self.latent_GTW.shape[1])
+
+
+class LayerCache(Protocol):
+    """What attention asks of a layer's cache."""
+
+    def append(self, latent_BSW: Tensor) -> Sequence[Segment] | None:
+        """Keep the latents of new tokens.
+
+        Args:
+            latent_BSW: Latents and rotary keys of each row's new tokens, ``[B, S, W]``.
+
+        Returns:
+            What the new tokens attend to, themselves included; None where there is nothing but themselves.
+        """
+
+
+class ModelCache(Protocol):
+    """What a model asks of the cache that one forward pass extends."""
+
+    @property
+    def positions(self) -> Positions:
+        """Where the new tokens stand."""
+
+    def layer(self, index: int) -> LayerCache:
+        """Return the cache of a block."""
+
+
+def absorbed_is_cheaper(
+    segments: Sequence[Segment], num_queries: int, *, latent_dim: int, rope_dim: int, nope_dim: int, v_head_dim: int
+) -> bool:
+    """Whether the absorbed form needs fewer multiplications than the expanded one.
+
+    ``benchmarks/generate.py`` measures where the one becomes quicker than the other.
+
+    Args:
+        segments: What is attended to.
+        num_queries: S.
+        latent_dim: C.
+        rope_dim: R.
+        nope_dim: N.
+        v_head_dim: V.
+
+    >>> V3 = dict(latent_dim=512, rope_dim=64, nope_dim=128, v_head_dim=128)
+    >>> one_text = [Segment(torch.empty(1, 4096, 576), 0, 1, 0, None)]
+    >>> [absorbed_is_cheaper(one_text, queries, **V3) for queries in (1, 170, 171)]
+    [True, True, False]
+    """
+    slots = sum(s.latent_GTW.shape[0] * s.latent_GTW.shape[1] for s in segments)
+    pairs = num_queries * sum(s.latent_GTW.shape[0] * s.latent_GTW.shape[1] * s.branches for s in segments)
+    absorbed = pairs * (2 * latent_dim + rope_dim)
+    expanded = pairs * (nope_dim + rope_dim + v_head_dim) + slots * latent_dim * (nope_dim + v_head_dim)
+    return absorbed <= expanded
+
+
+def absorbed_attention(q_BSHW: Tensor, segments: Sequence[Segment], *, latent_dim: int) -> Tensor:
+    """Attend with queries that W_UK^T has been applied to.
+
+    Args:
+        q_BSHW: ``[W_UK^T q_C ; q_R]`` times the softmax scale, ``[B, S, H, W]``.
+        segments: What is attended to.
+        latent_dim: C.
+
+    Returns:
+        ``sum_j p_j c_KV_j`` of each head, ``[B, S, H, C]``.
+    """
+    num_queries, num_heads = q_BSHW.shape[1:3]
+    # One key and value for all heads: heads are then nothing but more queries.
+    out = _attend(
+        q_BSHW.flatten(1, 2).unsqueeze(1),
+        segments,
+        lambda latent_GTW: (latent_GTW.unsqueeze(1), latent_GTW[..., :latent_dim].unsqueeze(1)),
+        num_queries,
+    )
+    return out.squeeze(1).unflatten(1, (num_queries, num_heads))
+
+
+def expanded_attention(
+    q_BSHQ: Tensor, segments: Sequence[Segment], expand: Callable[[Tensor], Tensor], *, latent_dim: int, v_head_dim: int
+) -> Tensor:
+    """Attend with keys and values that are made from the latents again.
+
+    Args:
+        q_BSHQ: ``[q_C ; q_R]`` times the softmax scale, ``[B, S, H, N + R]``.
+        segments: What is attended to.
+        expand: From latents ``[G, T, C]`` to each head's key and value, ``[G, T, H, N + V]``.
+        latent_dim: C.
+        v_head_dim: V.
+
+    Returns:
+        ``[B, S, H, V]``.
+    """
+
+    def keys_and_values(latent_GTW: Tensor) -> tuple[Tensor, Tensor]:
+        kv_GTHU = expand(latent_GTW[..., :latent_dim])
+        k_GTHN, v_GTHV = kv_GTHU.split([kv_GTHU.shape[-1] - v_head_dim, v_head_dim], dim=-1)
+        k_rope = latent_GTW[..., latent_dim:].unsqueeze(2).expand(-1, -1, kv_GTHU.shape[2], -1)
+        return torch.cat([k_GTHN, k_rope.to(k_GTHN.dtype)], dim=-1).transpose(1, 2), v_GTHV.transpose(1, 2)
+
+    return _attend(q_BSHQ.transpose(1, 2), segments, keys_and_values, q_BSHQ.shape[1]).transpose(1, 2)
+
+
+def _attend(
+    q_BJMW: Tensor,
+    segments: Sequence[Segment],
+    keys_and_values: Callable[[Tensor], tuple[Tensor, Tensor]],
+    num_queries: int,
+) -> Tensor:
+    """Attend with J kinds of keys and M = S * (H / J) queries of each, S outermost; return ``[B, J, M, value width]``.
+
+    ``keys_and_values`` makes ``[G, J, T, width]`` of a segment's latents.
+    """
+    parts = [keys_and_values(segment.latent_GTW) for segment in segments]
+    num_columns = max(segment.columns.stop for segment in segments)
+    heads = q_BJMW.shape[2] // num_queries
+    step = max(1, _MOST_SCORES // (q_BJMW.shape[0] * q_BJMW.shape[1] * heads * num_columns))
+    if step >= num_queries:
+        return _attend_slice(q_BJMW, segments, parts, slice(0, num_queries), num_columns)
+    outs = []
+    for start in range(0, num_queries, step):
+        queries = slice(start, min(start + step, num_queries))
+        q = q_BJMW[:, :, queries.start * heads : queries.stop * heads]
+        outs.append(_attend_slice(q, segments, parts, queries, num_columns))
+    return torch.cat(outs, dim=2)
+
+
+def _attend_slice(
+    q_BJMW: Tensor,
+    segments: Sequence[Segment],
+    parts: Sequence[tuple[Tensor, Tensor]],
+    queries: slice,
+    num_columns: int,
+) -> Tensor:
+    scores = None
+    for segment, (keys, _) in zip(segments, parts, strict=True):
+        s_BJMT = _ungrouped(_grouped(q_BJMW[segment.rows], segment) @ keys.mT, segment)
+        if segment.mask is not None:
+            mask = segment.mask if segment.mask.shape[1] == 1 else segment.mask[:, queries]
+            by_query = s_BJMT.unflatten(2, (queries.stop - queries.start, -1))
+            s_BJMT = (by_query + mask[:, None, :, None]).flatten(2, 3)
+        if len(segments) == 1:
+            scores = s_BJMT
+            break
+        if scores is None:
+            # A row's columns of a segment that is not its own stay at minus infinity.
+            scores = s_BJMT.new_full((*q_BJMW.shape[:3], num_columns), float("-inf"))
+        scores[segment.rows, ..., segment.columns] = s_BJMT
+    assert scores is not None
+    p = scores.softmax(dim=-1, dtype=_softmax_dtype(scores.dtype)).to(scores.dtype)
+    out = None
+    for segment, (_, values) in zip(segments, parts, strict=True):
+        p_BJMT = p if len(segments) == 1 else p[segment.rows, ..., segment.columns]
+        o_BJMV = _ungrouped(_grouped(p_BJMT, segment) @ values, segment)
+        if len(segments) == 1:
+            return o_BJMV
+        if out is None:
+            out = o_BJMV.new_zeros((*q_BJMW.shape[:3], o_BJMV.shape[-1]))
+        out[segment.rows] += o_BJMV
+    assert out is not None
+    return out
+
+
+def _grouped(x: Tensor, segment: Segment) -> Tensor:
+    """Put the rows that share a segment's row behind one another: ``[G * n, J, M, *]`` to ``[G, J, n * M, *]``."""
+    if segment.branches == 1:
+        return x
+    return x.unflatten(0, (-1, segment.branches)).transpose(1, 2).flatten(2, 3)
+
+
+def _ungrouped(x: Tensor, segment: Segment) -> Tensor:
+    """Undo :func:`_grouped`."""
+    if segment.branches == 1:
+        return x
+    return x.unflatten(2, (segment.branches, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -9,6 +9,7 @@ from tiny_model import tiny_model
 from lightning_dsv3.inference import LatentCache, extend
 from lightning_dsv3.inference import cache as cache_module
 from lightning_dsv3.layers import mla
+from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
 YARN = {
     "type": "yarn",
@@ -220,6 +221,16 @@ def test_what_cannot_be_is_one_clear_error(act, message):
     extend(model, cache, tokens(0, 2, 5))
     with pytest.raises(ValueError, match=message):
         act(model, cache)
+
+
+@pytest.mark.parametrize("part", ["model", "blocks"])
+def test_a_compiled_model_and_one_that_recomputes_are_run_as_they_are(part):
+    plain, model = tiny_model(), tiny_model()
+    compile_model(checkpoint_blocks(model), part, backend="eager")
+    ids = tokens(0, 2, 9)
+    caches = [LatentCache(plain.config, 2) for _ in range(2)]
+    for some in ids.split(4, dim=1):
+        assert torch.equal(extend(model, caches[0], some).hidden, extend(plain, caches[1], some).hidden)
 
 
 class TestExperts:

@@ -296,7 +296,9 @@ def extend(
             f"input_ids: shape {list(input_ids.shape)}, but the cache has {cache.batch_size} rows; give [rows, tokens]"
         )
     extension = cache.prepare(input_ids.shape[1], num_tokens).on(input_ids.device)
-    output: DeepSeekV3Output = model(input_ids, return_logits=False, cache=extension)
+    # A compiled model would be traced anew for every length.
+    with torch.compiler.set_stance("force_eager"):
+        output: DeepSeekV3Output = model(input_ids, return_logits=False, cache=extension)
     extension.commit()
     return output
 
@@ -376,7 +378,7 @@ class _LayerCache:
 
 
 def _mask(visible: Tensor, width: int, like: Tensor) -> Tensor | None:
-    """Return 0 for the first ``visible`` of ``width`` slots and minus infinity behind; ``[*visible, width]`` or None."""
+    """Return 0 for the first ``visible`` of ``width`` slots, minus infinity behind, ``[..., width]``; None for all."""
     if int(visible.min()) >= width:
         return None
     visible = visible.to(like.device)

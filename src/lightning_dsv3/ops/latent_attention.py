@@ -3,7 +3,7 @@
 A cache keeps per token the latent c_KV and the rotary key k_R, W = C + R values for all heads. From them come
 
     expanded   k_C = W_UK c_KV and v_C = W_UV c_KV of every head, then attention as in training;
-    absorbed   q~ = W_UK^T q_C instead, so that a head's score is q~ . c_KV + q_R . k_R, and o = W_UV (sum_j p_j c_KV_j):
+    absorbed   q~ = W_UK^T q_C instead, so that a head's score is q~ . c_KV + q_R . k_R, and o = W_UV sum_j p_j c_KV_j:
                all heads read the same C + R values, and nothing of the cache is expanded.
 
 The absorbed form costs a head 2C + R multiplications per query and slot where the expanded one costs N + R + V, and

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import (
 from lightning_dsv3.layers.block import TransformerBlock
 from lightning_dsv3.layers.router import RouterOutput
 from lightning_dsv3.ops.attention import Positions
+from lightning_dsv3.ops.latent_attention import LayerCache
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
@@ -46,10 +47,12 @@ class _CheckpointedBlock(TransformerBlock):
 
     context_fn: ContextFn = staticmethod(noop_context_fn)
 
-    def forward(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, RouterOutput | None]:
+    def forward(
+        self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
+    ) -> tuple[Tensor, RouterOutput | None]:
         """As the block's own."""
         if not torch.is_grad_enabled():
-            return super().forward(x_BSD, positions)
+            return super().forward(x_BSD, positions, cache)
         # Nothing in a block draws random numbers, so there is no state of a generator to keep.
         return checkpoint(
             super().forward, x_BSD, positions,

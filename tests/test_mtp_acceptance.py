@@ -220,6 +220,11 @@ class TestCounts:
         assert tried.tolist() == [sum(d >= k and a >= k - 1 for a, d in pairs) for k in range(1, 5)]
         assert kept.tolist() == [sum(a >= k for a, _ in pairs) for k in range(1, 5)]
 
+    def test_nothing_is_tried_behind_a_draft_that_does_not_exist(self) -> None:
+        counted = torch.tensor([[True, False], [True, True], [False, True]])
+        tried, kept = chain_counts(torch.full((3, 2), 0.5), counted)
+        assert (tried.tolist(), kept.tolist()) == ([1.0, 0.5, 0.0], [0.5, 0.25, 0.0])
+
     @pytest.mark.parametrize(("accepted", "drafted"), [([3], 2), ([-1], 2), ([1], 5)])
     def test_impossible_lengths_are_refused(self, accepted: list[int], drafted: int) -> None:
         with pytest.raises(ValueError, match="without the token that the main model adds"):

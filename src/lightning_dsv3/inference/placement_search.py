@@ -38,6 +38,8 @@ _TARGETS = (
     (0.3, False), (0.5, False), (0.75, False),
 )  # fmt: skip
 _DONORS, _RECEIVERS, _COUNT_ROUNDS = 6, 6, 4
+# With two slots on a GPU: what two experts of one replica each may make up, in a GPU's mean load.
+_PAIRS = ((0.95, 1.02), (0.8, 1.005))
 
 
 def balanced_cells(load_XE: Floats, num_slots: int, num_gpus: int) -> tuple[Ints, Ints]:

@@ -305,10 +305,9 @@ class DeepSeekV3Steps(_Base):
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self._mtp_acceptance.items():
-            rates = dict(enumerate(metric.compute().flatten(), start=1))
-            if not metric.conditional:
-                del rates[1]  # nothing is before the first depth: the same figure
-            self.log_dict({f"{stage}/{name}/{depth}": rate for depth, rate in rates.items()})
+            for depth, rate in enumerate(metric.compute().flatten(), start=1):
+                if metric.conditional or depth > 1:  # nothing is before the first depth: the same figure
+                    self.log(f"{stage}/{name}/{depth}", rate)
         if not self._bits_per_byte:
             return
         values = {domain: metric.compute() for domain, metric in self._bits_per_byte.items()}

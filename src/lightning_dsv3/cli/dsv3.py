@@ -34,6 +34,7 @@ commands:
   config    the whole configuration of a run, checked, as YAML; --plot draws its schedules
   corpus    the text that a run trains on: sources, sizes, licences, what is there and what is not
   report    a run folder as one HTML page, figures included
+  plan      redundant experts for serving, planned from measured loads; a drift of the load replayed through plans
 
 "dsv3 COMMAND --help" tells more, with examples. "python -m lightning_dsv3 COMMAND" is the same.
 A run is started by "lightning run model examples/train.py [key=value ...]", which takes the same words.
@@ -211,11 +212,19 @@ examples:
     return 0
 
 
+def plan(words: Sequence[str]) -> int:
+    """Plan redundant experts, or simulate a drift of the load."""
+    from lightning_dsv3.cli.plan import plan as run_plan
+
+    return run_plan(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "presets": presets,
     "config": config,
     "corpus": corpus,
     "report": report,
+    "plan": plan,
 }
 
 

@@ -31,12 +31,14 @@ class LoadTable:
         by_domain: For each domain the load ``[L, E]``, float64; one domain, ``all``, for CSV.
         experts_per_token: K, as far as the file tells: a token counts in K experts of a layer. None if it does not.
         origin: The file.
+        has_shared_expert: The last expert is the shared one.
     """
 
     layers: tuple[str, ...]
     by_domain: dict[str, Floats]
     experts_per_token: int | None
     origin: str
+    has_shared_expert: bool = False
 
     def mixture(self, weights: Mapping[str, float] | None = None) -> Floats:
         """Return the load ``[L, E]`` of all domains together.
@@ -83,7 +85,7 @@ class LoadTable:
             domain: np.concatenate([load_LE, load_LE.sum(axis=1, keepdims=True) / experts_per_token], axis=1)
             for domain, load_LE in self.by_domain.items()
         }
-        return LoadTable(self.layers, by_domain, experts_per_token, self.origin)
+        return LoadTable(self.layers, by_domain, experts_per_token, self.origin, has_shared_expert=True)
 
 
 def read_load_table(path: Path) -> LoadTable:
@@ -99,7 +101,9 @@ def read_load_table(path: Path) -> LoadTable:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise PlacementError(f"{path}: the load table cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise PlacementError(
+            f"{path}: the load table cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     if path.suffix.lower() == ".csv":
         return _read_csv(text, path)
     try:
@@ -111,7 +115,9 @@ def read_load_table(path: Path) -> LoadTable:
 
 def _read_json(content: Any, path: Path) -> LoadTable:
     if not isinstance(content, dict) or not {"format", "layers", "domains", "counts"} <= set(content):
-        raise PlacementError(f"{path}: not a load file: it must have format, layers, domains and counts, as a run writes it")
+        raise PlacementError(
+            f"{path}: not a load file: it must have format, layers, domains and counts, as a run writes it"
+        )
     if content["format"] != FORMAT:
         raise PlacementError(f"{path}: load file of format {content['format']!r}; this version reads format {FORMAT}")
     layers, domains, counts = content["layers"], content["domains"], content["counts"]
@@ -119,7 +125,9 @@ def _read_json(content: Any, path: Path) -> LoadTable:
         raise PlacementError(f"{path}: the load file has no {'domains' if layers else 'layers'}: nothing was counted")
     missing = [domain for domain in domains if domain not in counts or len(counts[domain]) != len(layers)]
     if missing:
-        raise PlacementError(f"{path}: counts of domain {missing[0]!r} must have one row for each of {len(layers)} layers")
+        raise PlacementError(
+            f"{path}: counts of domain {missing[0]!r} must have one row for each of {len(layers)} layers"
+        )
     by_domain = {domain: _table(counts[domain], layers, f"{path}, domain {domain!r}") for domain in domains}
     widths = {domain: load_LE.shape[1] for domain, load_LE in by_domain.items()}
     if len(set(widths.values())) > 1:
@@ -137,7 +145,9 @@ def _experts_per_token(content: Mapping[str, Any], by_domain: Mapping[str, Float
 
 
 def _read_csv(text: str, path: Path) -> LoadTable:
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+    rows = [
+        [cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)
+    ]
     if rows and not any(_is_number(cell) for cell in rows[0][1:] or rows[0]):
         rows = rows[1:]
     named = bool(rows) and len(rows[0]) > 1 and all(not _is_number(row[0]) for row in rows)

@@ -1,7 +1,7 @@
 """A load that drifts between domains, replayed through plans: the report's second challenge, made visible.
 
-Experts specialise (report, Figure 9), so a plan made for one mixture of traffic is off when the traffic changes: batches
-are balanced at training time, domains at inference are not (section 2.1.2 and 4.5.3 name it "domain-shift-induced load
+Experts specialise (report, Figure 9), so a plan made for one mixture of traffic is off when the traffic changes: what
+is balanced over a training batch need not be over the requests of an hour (section 4.5.3, "domain-shift-induced load
 imbalance during inference"). :func:`drift` makes a trace from loads measured by domain, :func:`simulate` replays it.
 """
 

@@ -297,6 +297,8 @@ def _check_cluster(num_experts: int, num_slots: int, num_gpus: int, num_nodes: i
 
 def _check_groups(num_experts: int, num_slots: int, num_gpus: int, num_nodes: int, num_groups: int) -> None:
     if num_experts % num_groups:
-        raise PlacementError(f"num_groups={num_groups} does not divide the {num_experts} experts; see the model's n_group")
+        raise PlacementError(
+            f"num_groups={num_groups} does not divide the {num_experts} experts; see the model's n_group"
+        )
     if num_gpus % num_nodes:
         raise PlacementError(f"num_gpus={num_gpus} is not a multiple of num_nodes={num_nodes}: nodes are of equal size")

@@ -92,7 +92,9 @@ def load_placement(path: Path) -> Placement:
             layers=tuple(about["layers"]),
         )  # fmt: skip
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
-        raise PlacementError(f"{path}: the plan cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise PlacementError(
+            f"{path}: the plan cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     except PlacementError:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -124,14 +126,16 @@ def engine_form(placement: Placement, engine: str, model: DeepSeekV3Config | Non
         raise PlacementError(f"engine={engine!r}: there is no such form; known: {', '.join(ENGINES)}")
     if model is not None and placement.num_experts != model.n_routed_experts:
         raise PlacementError(
-            f"{engine}: the plan has {placement.num_experts} experts and the model {model.n_routed_experts} routed ones; "
-            "a plan with the shared expert as one more has no form that this engine reads"
+            f"{engine}: the plan has {placement.num_experts} experts and the model {model.n_routed_experts} routed "
+            "ones, which are all that this engine places"
         )
     names = placement.layers or tuple(f"row_{row}" for row in range(1, len(placement.physical_to_logical) + 1))
     rows = [row for row, name in enumerate(names) if not _MTP.fullmatch(name)]
     experts_LP = placement.physical_to_logical[rows]
     if engine == "sglang":
-        return {"physical_to_logical_map": _all_layers(placement, [names[row] for row in rows], experts_LP.numpy(), model)}
+        return {
+            "physical_to_logical_map": _all_layers(placement, [names[row] for row in rows], experts_LP.numpy(), model)
+        }
     if engine == "vllm":
         slots_LER = placement.logical_to_physical[rows]
         wide = placement.num_slots - placement.num_experts + 1
@@ -144,7 +148,10 @@ def engine_form(placement: Placement, engine: str, model: DeepSeekV3Config | Non
         }
     twins = placement.twins[rows]
     if twins.any():
-        raise PlacementError(f"vllm-ascend: {int(twins.sum())} replicas share a device with another of their expert; plan with policy balanced")
+        raise PlacementError(
+            f"vllm-ascend: {int(twins.sum())} replicas share a device with another of their expert, which its map "
+            "cannot say; plan with policy balanced"
+        )
     layers = [
         {
             "layer_id": number,

@@ -12,9 +12,9 @@ expert, and deal them out to the GPUs in turn. What follows keeps that property 
 4. Where the published plan is still better, start 3 from it, its doubles resolved; then try other replica counts, each
    one replica away. The best is kept.
 
-One demand can exclude the other. Loads 1.0, 0.9 and 0.1 on two GPUs of two slots: {a, a}, {b, c} is even, but every plan
-without doubles splits one load evenly over both GPUs and is at least 5 % off. Then no doubles are the rule, and the plan
-may be above the published one; it happens with few experts on few GPUs.
+One demand can exclude the other. Loads 1.0, 0.9 and 0.1 on two GPUs of two slots: {a, a}, {b, c} is even, but every
+plan without doubles splits one load evenly over both GPUs and is at least 5 % off. Then no doubles are the rule, and
+the plan may be above the published one; it happens with few experts on few GPUs.
 
 Everything runs on all cells at once, in a fixed number of rounds: the result does not depend on the machine's speed.
 
@@ -131,7 +131,7 @@ def deal(load_XE: Floats, counts_XE: Ints, num_gpus: int) -> Ints:
             straddling_X1 = rounds_XSG[:, number - 1, -1:]
             still_X1 = (dealt_XG == straddling_X1).sum(axis=1, keepdims=True)
             # Only the last round can hold it: an expert has at most G replicas, one after the other.
-            without_XG = (expert_XGS[cells_X1, gpu_XG, number - 1] != straddling_X1)
+            without_XG = expert_XGS[cells_X1, gpu_XG, number - 1] != straddling_X1
             chosen_XG = without_XG & (np.cumsum(without_XG, axis=1) <= still_X1)
             gpu_XG = np.take_along_axis(gpu_XG, np.argsort(~chosen_XG, axis=1, kind="stable"), axis=1)
         expert_XGS[cells_X1, gpu_XG, number] = dealt_XG
@@ -192,7 +192,13 @@ def _relieve_heaviest(share_XE: Floats, expert_XGS: Ints, floor_X: Floats) -> In
 
 
 def _exchange(
-    expert_XGS: Ints, weight_AGS: Floats, load_AG: Floats, active: Ints, heavy: Ints, light: Ints, only_best: bool = False
+    expert_XGS: Ints,
+    weight_AGS: Floats,
+    load_AG: Floats,
+    active: Ints,
+    heavy: Ints,
+    light: Ints,
+    only_best: bool = False,
 ) -> npt.NDArray[np.bool_]:
     """Make the exchange that brings each pair of GPUs closest together, in place; nothing where none does.
 
@@ -231,7 +237,7 @@ def _exchange(
     cell, gpu_heavy, gpu_light = active[row], heavy[row, pair], light[row, pair]
     expert_XGS[cell, gpu_heavy, slot_heavy] = expert_light[row, pair, slot_light]
     expert_XGS[cell, gpu_light, slot_light] = expert_heavy[row, pair, slot_heavy]
-    changed: npt.NDArray[np.bool_] = helps.any(axis=1)
+    changed: npt.NDArray[np.bool_] = np.any(helps, axis=1)
     return changed
 
 

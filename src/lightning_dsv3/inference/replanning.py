@@ -222,7 +222,6 @@ def _exchanges(
     share_E: Floats, expert_GS: Ints, load_G: Floats, heavy: int
 ) -> tuple[tuple[Ints, Ints, Ints, Ints], Floats]:
     """Return (GPU, slot, other GPU, its slot) of exchanges with the heaviest GPU, and the sums after them."""
-    num_gpus, room = expert_GS.shape
     own_S = expert_GS[heavy]
     # Neither GPU may hold the expert that it gets.
     fits_SG = ~(own_S[:, None, None] == expert_GS).any(axis=2)
@@ -248,7 +247,7 @@ def _powers(relative: Floats) -> Floats:
 
 
 def _align_layer(old_GS: Ints, new_GS: Ints, num_experts: int, nodes: int) -> Ints:
-    num_gpus, room = old_GS.shape
+    num_gpus = len(old_GS)
     old_GE, new_GE = (count_replicas(experts, num_experts).astype(np.float32) for experts in (old_GS, new_GS))
     common = new_GE @ old_GE.T
     node_G = np.arange(num_gpus) // (num_gpus // nodes)
@@ -282,7 +281,7 @@ def _keep_slots(old: list[int], new: list[int]) -> list[int]:
 
 
 def _moves(old_XGS: Ints, new_XGS: Ints, num_experts: int) -> Ints:
-    num_cells, num_gpus, room = old_XGS.shape
+    num_cells, _, room = old_XGS.shape
     before, after = (count_replicas(experts.reshape(-1, room), num_experts) for experts in (old_XGS, new_XGS))
     moves_X: Ints = np.maximum(after - before, 0).reshape(num_cells, -1).sum(axis=1)
     return moves_X

@@ -209,11 +209,65 @@ def _relative(counts: Sequence[int]) -> list[float]:
     return [count / mean if mean else float("nan") for count in counts]
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def plot_balance_smoothing(result: Mapping[str, Any], path: Path) -> None:
+    """Draw how the load evens out with the tokens that are counted together (report, section 4.5.3).
+
+    On the left MaxVio by tokens of a micro-batch, mean of the layers with the middle 80 % of micro-batches; on the
+    right the busiest GPU over the mean by ranks that share the experts, each with a micro-batch of one domain. Dashed:
+    what chance gives where every expert is equally likely.
+
+    Args:
+        result: What ``benchmarks/balance_smoothing.py`` writes.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = result["micro_batches"]
+    for number, text in enumerate(dict.fromkeys(row["text"] for row in rows)):
+        of_text = [row for row in rows if row["text"] == text]
+        colour, width = ("black", 1.8) if number == 0 else (f"C{number - 1}", 1.2)
+        tokens = [row["tokens"] for row in of_text]
+        label = text if number == 0 else f"{text} alone"
+        left.plot(tokens, [row["mean"] for row in of_text], color=colour, linewidth=width, marker=".", label=label)
+        low, high = [row["p10"] for row in of_text], [row["p90"] for row in of_text]
+        left.fill_between(tokens, low, high, color=colour, alpha=0.1, linewidth=0)
+    of_chance = {row["tokens"]: row["floor"] for row in rows}
+    left.plot(*zip(*sorted(of_chance.items()), strict=True), color="grey", linestyle="--", label="chance alone")
+    left.set(xlabel="tokens of the micro-batch", ylabel="MaxVio", title="Busiest expert of a micro-batch", yscale="log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_locator(NullLocator())
+
+    rows = [row for row in result["ranks"] if row["rank_reads"] == "one domain"]
+    for number, gpus in enumerate(sorted({row["gpus"] for row in rows}, reverse=True)):
+        of_gpus = [row for row in rows if row["gpus"] == gpus]
+        ranks = [row["ranks"] for row in of_gpus]
+        per_gpu = result["model"]["experts"] // gpus
+        label = f"{gpus} GPUs, {per_gpu} expert{'s' if per_gpu > 1 else ''} each"
+        right.plot(ranks, [1 + row["mean"] for row in of_gpus], color=f"C{number}", marker=".", label=label)
+        right.plot(ranks, [1 + row["floor"] for row in of_gpus], color=f"C{number}", linestyle="--", linewidth=0.8)
+    right.plot([], [], color="grey", linestyle="--", label="chance alone")
+    right.set(
+        xlabel=f"ranks, each with {result['rank_tokens']:,} tokens of one domain",
+        ylabel="load of the busiest GPU / mean load",
+        title="Busiest GPU of ranks that share the experts",
+    )
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    save_figure(figure, path, dpi=100)  # as wide as a page of documentation
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
     """Write a figure as PNG, complete or not at all; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
+    figure.savefig(temporary, dpi=dpi, format="png")
     temporary.replace(path)
 
 

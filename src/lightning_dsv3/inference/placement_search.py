@@ -9,8 +9,9 @@ expert, and deal them out to the GPUs in turn. What follows keeps that property 
    replicas of the last round's last expert passes over the GPUs that have it; never more than G, they all find a place.
 3. *improve*: pair heavy GPUs with light ones and exchange the one replica each that brings a pair closest together;
    when that comes to rest, exchange between the heaviest GPU and any other, until no such exchange helps.
-4. Where the published plan is still better, start 3 from it, its doubles resolved; then try other replica counts, each
-   one replica away. The best is kept.
+4. Where that is not near the mean, try other replica counts: all of them if they are few, else :func:`_search_targets`.
+5. Where the published plan is still better, start 3 from it, its doubles resolved; then try counts one replica away.
+   The best is kept.
 
 One demand can exclude the other. Loads 1.0, 0.9 and 0.1 on two GPUs of two slots: {a, a}, {b, c} is even, but every
 plan without doubles splits one load evenly over both GPUs and is at least 5 % off. Then no doubles are the rule, and
@@ -22,6 +23,10 @@ Shapes: X cells (a layer, or a node's share of it), E experts, P slots, G GPUs, 
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +43,7 @@ _TARGETS = (
     (0.3, False), (0.5, False), (0.75, False),
 )  # fmt: skip
 _DONORS, _RECEIVERS, _COUNT_ROUNDS = 6, 6, 4
+_FEW_COUNTS = 500
 # With two slots on a GPU: what two experts of one replica each may make up, in a GPU's mean load.
 _PAIRS = ((0.95, 1.02), (0.8, 1.005))
 
@@ -62,13 +68,25 @@ def balanced_cells(load_XE: Floats, num_slots: int, num_gpus: int) -> tuple[Ints
     off = peak_load(load_XE, expert_XGS) > least_X * (1 + _FAR)
     if off.any():
         expert_XGS[off] = _search_targets(load_XE[off], expert_XGS[off], num_slots)
+        every_CE = _every_count(num_experts, num_slots, num_gpus)
+        if every_CE is not None:
+            expert_XGS[off] = _best_of(load_XE[off], expert_XGS[off], np.stack([every_CE] * off.sum()))
+    expert_XP = not_above(load_XE, expert_XGS, published_XGS).reshape(-1, num_slots)
+    return expert_XP, replica_ranks(expert_XP, num_experts)
+
+
+def not_above(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints) -> Ints:
+    """Return the plan, replaced by one no less even than the published one in those cells where it is less even.
+
+    Neither of them has doubles. Only where no such plan was found the given one stays.
+    """
+    expert_XGS = expert_XGS.copy()
     for search in (_search_from_published, _search_counts):
         above = peak_load(load_XE, expert_XGS) > peak_load(load_XE, published_XGS) * (1 + 1e-12)
         if not above.any():
             break
         expert_XGS[above] = search(load_XE[above], expert_XGS[above], published_XGS[above])
-    expert_XP = expert_XGS.reshape(-1, num_slots)
-    return expert_XP, replica_ranks(expert_XP, num_experts)
+    return expert_XGS
 
 
 def gpu_load(load_XE: Floats, expert_XGS: Ints) -> Floats:
@@ -353,33 +371,53 @@ def _top_up(
 
 
 def _search_counts(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints) -> Ints:
-    """Take one replica from an expert and give it to another, as long as a plan with such counts is better."""
-    num_cells, num_experts = load_XE.shape
-    num_gpus = expert_XGS.shape[1]
-    donors, receivers = min(_DONORS, num_experts), min(_RECEIVERS, num_experts)
-    shape = (num_cells, donors, receivers, num_experts)
+    """Try counts one replica away from the best ones, again and again."""
+    num_experts, num_gpus = load_XE.shape[1], expert_XGS.shape[1]
     for _ in range(_COUNT_ROUNDS):
-        counts_XE = count_replicas(expert_XGS, num_experts)
-        after_XE = np.where(counts_XE > 1, load_XE / np.maximum(counts_XE - 1, 1), np.inf)
-        donor_XD = np.argsort(after_XE, axis=1, kind="stable")[:, :donors]
-        before_XE = np.where(counts_XE < num_gpus, load_XE / counts_XE, -np.inf)
-        receiver_XR = np.argsort(-before_XE, axis=1, kind="stable")[:, :receivers]
-        counts = np.broadcast_to(counts_XE[:, None, None], shape).copy()
-        cell, d, r = np.indices(shape[:-1])
-        counts[cell, d, r, donor_XD[cell, d]] -= 1
-        counts[cell, d, r, receiver_XR[cell, r]] += 1
-        # A donor with one replica, or a receiver with G, leaves the counts as they are.
-        possible = ((counts >= 1) & (counts <= num_gpus)).all(axis=-1, keepdims=True)
-        counts = np.where(possible, counts, counts_XE[:, None, None]).reshape(-1, num_experts)
-        load = np.broadcast_to(load_XE[:, None, None], shape).reshape(-1, num_experts)
-        tried = _improve(load, deal(load, counts, num_gpus))
-        best = peak_load(load, tried).reshape(num_cells, -1).argmin(axis=1)
-        found_XGS = tried.reshape(num_cells, -1, *expert_XGS.shape[1:])[np.arange(num_cells), best]
-        better_XGS = _better(load_XE, expert_XGS, found_XGS)
+        better_XGS = _best_of(
+            load_XE, expert_XGS, _neighbours(load_XE, count_replicas(expert_XGS, num_experts), num_gpus)
+        )
         if (better_XGS == expert_XGS).all():
             break
         expert_XGS = better_XGS
     return expert_XGS
+
+
+def _best_of(load_XE: Floats, expert_XGS: Ints, counts_XCE: Ints) -> Ints:
+    """Return the best of a plan and of those with C other counts, for each cell."""
+    num_cells, num_counts, num_experts = counts_XCE.shape
+    load = np.repeat(load_XE, num_counts, axis=0)
+    tried = _improve(load, deal(load, counts_XCE.reshape(-1, num_experts), expert_XGS.shape[1]))
+    best_X = peak_load(load, tried).reshape(num_cells, num_counts).argmin(axis=1)
+    return _better(load_XE, expert_XGS, tried[np.arange(num_cells) * num_counts + best_X])
+
+
+def _neighbours(load_XE: Floats, counts_XE: Ints, num_gpus: int) -> Ints:
+    """Return counts with one replica taken from an expert that can spare it and given to a busy one, ``[X, C, E]``."""
+    num_cells, num_experts = load_XE.shape
+    donors, receivers = min(_DONORS, num_experts), min(_RECEIVERS, num_experts)
+    after_XE = np.where(counts_XE > 1, load_XE / np.maximum(counts_XE - 1, 1), np.inf)
+    donor_XD = np.argsort(after_XE, axis=1, kind="stable")[:, :donors]
+    before_XE = np.where(counts_XE < num_gpus, load_XE / counts_XE, -np.inf)
+    receiver_XR = np.argsort(-before_XE, axis=1, kind="stable")[:, :receivers]
+    counts = np.broadcast_to(counts_XE[:, None, None], (num_cells, donors, receivers, num_experts)).copy()
+    cell, d, r = np.indices(counts.shape[:-1])
+    counts[cell, d, r, donor_XD[cell, d]] -= 1
+    counts[cell, d, r, receiver_XR[cell, r]] += 1
+    # A donor with one replica, or a receiver with G, leaves the counts as they are.
+    possible = ((counts >= 1) & (counts <= num_gpus)).all(axis=-1, keepdims=True)
+    return np.where(possible, counts, counts_XE[:, None, None]).reshape(num_cells, -1, num_experts)
+
+
+@functools.lru_cache
+def _every_count(num_experts: int, num_slots: int, most: int) -> Ints | None:
+    """Return all counts of 1 to ``most`` replicas that make up the slots ``[C, E]``, None where they are too many."""
+    if math.comb(num_slots - 1, num_experts - 1) > _FEW_COUNTS:
+        return None
+    marks = itertools.combinations(range(1, num_slots), num_experts - 1)
+    edges = np.array([(0, *mark, num_slots) for mark in marks])
+    counts = np.diff(edges, axis=1)
+    return counts[counts.max(axis=1) <= most]
 
 
 def _better(load_XE: Floats, first_XGS: Ints, second_XGS: Ints) -> Ints:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_moe import D, Gate, GateAdapter, MoE, make_router
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
@@ -94,6 +95,31 @@ class TestCounting:
             counts_of(output.expert_TK, router.num_experts)
             for output, router in zip(outputs, model.routers(), strict=True)
         ]
+
+    def test_one_observer_counts_more_tokens_then_fewer_in_layers_of_other_widths(self):
+        model = MoE(num_experts=(6, 5))
+        observer = observe(model)
+        observer.open()
+        chosen: list[list[Tensor]] = [[], []]
+        for tokens in (3, 64, 7, 0, 65):
+            for router, of_router in zip(model.routers(), chosen, strict=True):
+                of_router.append(router(torch.randn(tokens + router.num_experts, D)).expert_TK)
+        assert [counts.tolist() for counts in observer.take()] == [
+            counts_of(torch.cat(of_router), num_experts) for of_router, num_experts in zip(chosen, (6, 5), strict=True)
+        ]
+
+    def test_choices_that_are_no_contiguous_tensor_are_counted(self):
+        class Transposed(GateAdapter):
+            def chosen_experts(self, module: nn.Module, output: tuple[Tensor, Tensor]) -> Tensor:
+                return output[1].to(torch.int64).T.contiguous().T
+
+        gate = Gate()
+        observer = RouterObserver(find_routers(gate, [Transposed()]))
+        observer.attach()
+        observer.start("cpu")
+        observer.open()
+        _, indices = gate(torch.randn(13, D))
+        assert observer.take()[0].tolist() == counts_of(indices, 4)
 
     def test_forwards_add_up_and_take_starts_again(self):
         router = make_router()
@@ -315,6 +341,54 @@ class TestCompile:
             compiled(torch.randn(4, D))
             assert observer.take()[0].sum() == 18, step
         assert observer.unobserved() == []
+
+    @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+    def test_forwards_that_are_not_finite_are_noted_beside_exact_counts(self, is_compiled):
+        router = make_router()
+        observer = observe(router)
+        # Traced by the compiler with its decompositions, as a backend would get it.
+        forward = torch.compile(router, backend="aot_eager") if is_compiled else router
+        observer.open()
+        broken = torch.randn(9, D)
+        broken[4] = float("nan")
+        chosen = [forward(x).expert_TK for x in (torch.randn(9, D), broken, torch.randn(9, D), broken)]
+        [counts] = observer.take()
+        assert counts.tolist() == counts_of(torch.cat(chosen), 6)
+        assert observer.broken_forwards.tolist() == [2]
+        forward(torch.randn(9, D))
+        observer.take()
+        assert observer.broken_forwards.tolist() == [0]
+
+    def test_a_tracers_tensors_are_not_read(self):
+        router = make_router()
+        observer = observe(router)
+        observer.open()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            router(torch.randn(9, D))
+        observer.start("cpu")
+        chosen = router(torch.randn(20, D)).expert_TK
+        assert observer.take()[0].tolist() == counts_of(chosen, 6), "nothing of the tracer's is left behind"
+
+
+class TestGateValues:
+    @pytest.mark.parametrize(("value", "broken"), [("nan", 1), ("inf", 1), ("-inf", 1), ("0.5", 0)])
+    def test_one_gate_value_that_is_not_finite_is_noted(self, value, broken):
+        class Odd(Gate):
+            def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+                gates, indices = super().forward(x)
+                gates[2, 1] = float(value)
+                # Wider tensors, where excluded experts may have -inf, and single numbers are not looked at.
+                return x.new_full((len(x), 64), float("-inf")), indices, gates, gates.new_tensor(float("nan"))
+
+        gate = Odd()
+        observer = RouterObserver(find_routers(gate, [GateAdapter()]))
+        observer.attach()
+        observer.start("cpu")
+        observer.open()
+        with torch.no_grad():
+            gate(torch.randn(3, D))
+        observer.take()
+        assert observer.broken_forwards.tolist() == [broken]
 
 
 class TestGroups:

@@ -62,7 +62,7 @@ def update_biases(
         if isinstance(rate, Tensor) and rate.dim() == 1:
             rates = rate if len(layers) == len(routers) else torch.stack([rate[index] for index in layers])
             rate = rates.to(device).unsqueeze(-1)
-        counts_LE = torch.stack([counts[index].to(device) for index in layers])
+        counts_LE = torch.stack([counts[index] for index in layers]).to(device)
         moved_LE = rule(torch.stack(written), counts_LE, rate)
         torch._foreach_copy_(written, list(moved_LE.unbind()))
 
@@ -117,7 +117,10 @@ class Float32Biases:
             return None
         bias_E = router.as_row(tensor)
         if bias_E.dtype == torch.float32:
-            self._kept[router.module] = bias_E.detach()
+            kept = self._kept.get(router.module)
+            # Asked for at every step, and the same storage almost always, which cannot be another's while it is kept.
+            if kept is None or kept.data_ptr() != bias_E.data_ptr() or kept.device != bias_E.device:
+                self._kept[router.module] = bias_E.detach()
             return bias_E
         float_E = self._matching(router, bias_E)
         if _can_replace(router, tensor):

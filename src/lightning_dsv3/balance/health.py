@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,9 @@ def broken_layers(routers: Sequence[ObservedRouter], broken_forwards: Tensor) ->
         broken_forwards: For each, the forwards whose gate values were not all finite, int64 ``[L]``.
     """
     biases = {router.name: bias_E for router in routers if (bias_E := router.bias) is not None}
-    sums = torch.stack([bias_E.sum(dtype=torch.float32) for bias_E in biases.values()]) if biases else torch.zeros(1)
-    if bool(sums.isfinite().all()) and not bool(broken_forwards.any()):
+    # A sum is not finite if a part of it is not: one number tells for all layers.
+    total = torch.cat(list(biases.values())).sum(dtype=torch.float64).item() if biases else 0.0
+    if math.isfinite(total) and not bool(broken_forwards.any()):
         return []
     problems = []
     for router, forwards in zip(routers, broken_forwards.tolist(), strict=True):

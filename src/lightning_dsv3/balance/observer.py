@@ -12,12 +12,15 @@ The counts are the whole input of the balance rule, so every way of getting them
 * A copy of the model carries the hooks along (``copy.deepcopy`` in an EMA callback). Its forwards are not
   counted.
 
-Counting is one ``scatter_add_`` per router, without a host synchronisation: ``bincount`` would wait for the
-device to learn the largest id. All layers share one tensor, so that one reduction serves them all, whatever
-their numbers of experts.
+Counting is one ``scatter_add_`` per router, on the CPU and on a GPU, eager and compiled: ``bincount`` would wait for
+the device to learn the largest id, breaks a compiled graph, and on a CPU is slower, as it first looks for the smallest
+and the largest. All layers share one tensor, so that one reduction serves them all, whatever their numbers of experts.
+A hook runs once per layer, with everything that it needs gone from the caches since the layer before: its cost is the
+number of its calls into torch and Python, far more than the counting itself, and it makes as few as it can.
 
-A training observer also notes forwards whose gate values are not all finite, on the device, beside the counts: NaN
-logits choose experts like any others, so the counts cannot tell. Who takes the counts decides what to do about it.
+A training observer also notes forwards whose gate values are not all finite, beside the counts: NaN logits choose
+experts like any others, so the counts cannot tell. It does so on the device, and where the values are on the CPU in an
+eager forward, by reading one number. Who takes the counts decides what to do about it.
 
 With ``num_groups``, each row of the batch belongs to a group (its domain) and the counts are kept by group.
 One more row of the table takes what belongs to no group, such as padding, and is dropped at the end.
@@ -28,6 +31,7 @@ and order alone, and a router for which that does not tell is an error, not a gu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +87,7 @@ class RouterObserver:
         self._rows = 1 if num_groups is None else num_groups + 1
         self._table: Tensor | None = None
         self._layer_tables: list[Tensor] = []
+        self._one = self._ones = torch.ones(1, dtype=torch.int64)
         # The last entries of the table, one per router: forwards with gate values that are not finite.
         self._broken_L = torch.zeros(len(self.routers), dtype=torch.int64)
         self._broken: list[Tensor] = []
@@ -90,6 +95,7 @@ class RouterObserver:
         self._group_B: Tensor | None = None
         self._is_real_BS: Tensor | None = None
         self._is_open = False
+        self._is_on_cpu = True
         self._handles: list[Any] = []
         self.num_experts_per_tok: list[int] = [0] * len(self.routers)
         self._only_in_eval = [False] * len(self.routers)
@@ -119,10 +125,12 @@ class RouterObserver:
         sizes = self._sizes()
         # A tensor made under inference_mode, where validation hooks run, could not be written to outside of
         # it.
+        self._is_on_cpu = torch.device(device).type == "cpu"
         with torch.inference_mode(False):
             self._table = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
             *self._layer_tables, self._broken_L = self._table.split(sizes)
             self._broken = list(self._broken_L.unbind())
+            self._one = self._ones = torch.ones(1, dtype=torch.int64, device=device)
         self.num_experts_per_tok = [0] * len(self.routers)
         self._only_in_eval = [False] * len(self.routers)
 
@@ -216,32 +224,54 @@ class RouterObserver:
             if self._training and not module.training:
                 self._only_in_eval[index] = True
                 return
-            self._count(index, adapter.chosen_experts(module, output))
+            expert_TK = adapter.chosen_experts(module, output)
+            # On a CPU values may be read at once: where there are any, and not what a compiler or a tracer puts there.
+            is_readable = self._is_on_cpu and type(expert_TK) is Tensor and not torch.compiler.is_compiling()
+            self._count(index, expert_TK, is_readable)
             if self._training:
-                self._note_broken(index, output)
+                self._note_broken(index, output, is_readable)
 
         return count_chosen_experts
 
-    def _count(self, index: int, expert_TK: Tensor) -> None:
+    def _count(self, index: int, expert_TK: Tensor, is_readable: bool) -> None:
         num_chosen = expert_TK.shape[-1]
         self.num_experts_per_tok[index] = num_chosen
+        table_E = self._layer_tables[index]
         # scatter_add_ takes int64 ids alone, and those of the table's device.
-        bins_TK = expert_TK.detach().reshape(-1, num_chosen).to(self._started().device, torch.int64)
+        if expert_TK.dtype != torch.int64 or expert_TK.device != table_E.device:
+            expert_TK = expert_TK.to(table_E.device, torch.int64)
+        bins = expert_TK.reshape(-1)
+        if self._group_B is None and self._is_real_BS is None:
+            table_E.scatter_add_(0, bins, self._ones_for(bins.shape[0], is_readable))
+            return
+        bins_TK = bins.view(-1, num_chosen)
         if self._group_B is not None:
             bins_TK = bins_TK + self._rows_of_tokens(index, bins_TK.shape[0]) * self.routers[index].num_experts
-        ones_TK = torch.ones_like(bins_TK)
+        ones_TK = self._one.expand(bins_TK.shape)
         if self._is_real_BS is not None:
             ones_TK = ones_TK * self._real_tokens(index, bins_TK.shape[0], self._is_real_BS).unsqueeze(-1)
-        self._layer_tables[index].scatter_add_(0, bins_TK.flatten(), ones_TK.flatten())
+        table_E.scatter_add_(0, bins_TK.reshape(-1), ones_TK.reshape(-1))
 
-    def _note_broken(self, index: int, output: Any) -> None:
-        # A NaN logit is the greatest, so its expert is chosen and its gate value is NaN: the gate values, which are the
-        # smallest of the floating-point tensors, tell for all of them.
-        rows = [tensor for tensor in output_tensors(output) if tensor.is_floating_point() and tensor.dim() > 1]
-        if rows:
-            total = min(rows, key=Tensor.numel).detach().sum(dtype=torch.float32)
-            # 0 times a finite number is 0, and else NaN.
-            self._broken[index].add_((total * 0).ne(0).to(self._broken_L.device))
+    def _ones_for(self, number: int, is_readable: bool) -> Tensor:
+        if not is_readable:
+            return self._one.expand(number)
+        # On a CPU scatter_add_ takes twice as long with an expanded tensor, and a new one has to be filled.
+        if self._ones.shape[0] < number:
+            with torch.inference_mode(False):
+                self._ones = torch.ones(number, dtype=torch.int64)
+        return self._ones if self._ones.shape[0] == number else self._ones[:number]
+
+    def _note_broken(self, index: int, output: Any, is_readable: bool) -> None:
+        gate = _gate_values(output)
+        if gate is None:
+            return
+        total = gate.detach().sum(dtype=torch.float32)
+        if is_readable:
+            if not math.isfinite(total.item()):
+                self._broken[index].add_(1)
+            return
+        # 0 times a finite number is 0, and else NaN.
+        self._broken[index].add_((total * 0).ne(0).to(self._broken_L.device))
 
     def _real_tokens(self, index: int, num_tokens: int, is_real_BS: Tensor) -> Tensor:
         """Return which of a router's tokens are no padding, bool ``[T]``."""
@@ -269,3 +299,18 @@ class RouterObserver:
                 "without groups."
             )
         return self._group_B.repeat_interleave(num_tokens // num_rows, output_size=num_tokens).unsqueeze(-1)
+
+
+def _gate_values(output: Any) -> Tensor | None:
+    """Return the smallest floating-point tensor of a router's output that is no vector or number; None without one.
+
+    A NaN logit is the greatest, so its expert is chosen and its gate value is NaN: the gate values, which are the
+    smallest of the tensors, tell for all of them.
+    """
+    gate, smallest = None, 0
+    for tensor in output if isinstance(output, tuple) else output_tensors(output):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() > 1:
+            size = tensor.numel()
+            if gate is None or size < smallest:
+                gate, smallest = tensor, size
+    return gate

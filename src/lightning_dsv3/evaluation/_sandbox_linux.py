@@ -5,6 +5,7 @@ raises ``OSError`` where the system refuses; what a refusal means is decided by 
 """
 
 import ctypes
+import errno
 import os
 import signal
 import struct
@@ -20,20 +21,26 @@ _SECCOMP_FILTER = 2
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_READ_ONLY = 442, -100, 0x8000, 0x1  # 442 on every architecture
 _CAPABILITY_VERSION = 0x20080522
 
-# Refused to the program: sockets (also through io_uring), a look into other processes, leaving the process group, and
-# namespaces and mounts of its own. The audit number and the system call numbers of the two common architectures.
+# For the two common architectures, the audit number and three sets of system call numbers. Refused to the program:
+# sockets (also through io_uring), a look into other processes, leaving the process group, and namespaces and mounts of
+# its own. Where it sees the processes of others, it may moreover send signals to, and set limits of, itself only: calls
+# whose first argument must be its own id or 0, and calls refused for that reason.
 _ARCHITECTURES = {
     "x86_64": (
         0xC000003E,
         {"socket": 41, "io_uring_setup": 425, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311}
         | {"setpgid": 109, "setsid": 112, "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "keyctl": 250}
         | {"bpf": 321, "perf_event_open": 298, "userfaultfd": 323},
+        {"kill": 62, "tgkill": 234, "prlimit64": 302},
+        {"tkill": 200, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424},
     ),
     "aarch64": (
         0xC00000B7,
         {"socket": 198, "io_uring_setup": 425, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271}
         | {"setpgid": 154, "setsid": 157, "unshare": 97, "setns": 268, "mount": 40, "umount2": 39, "keyctl": 219}
         | {"bpf": 280, "perf_event_open": 241, "userfaultfd": 282},
+        {"kill": 129, "tgkill": 131, "prlimit64": 261},
+        {"tkill": 130, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424},
     ),
 }
 
@@ -137,34 +144,52 @@ def drop_capabilities() -> None:
     _check(_libc.capset(header, bytes(24)), "capset")
 
 
-def filter_system_calls() -> None:
+def filter_system_calls(*, only_itself: bool) -> None:
     """Refuse sockets and the like (see above) with ``EPERM``, for this process and its descendants.
+
+    Args:
+        only_itself: Refuse signals to other processes, too.
 
     Raises:
         OSError: If the architecture is not a known one or the kernel has no filters.
     """
     machine = os.uname().machine
     if machine not in _ARCHITECTURES:
-        raise OSError(f"no system call numbers for {machine}")
-    audit, numbers = _ARCHITECTURES[machine]
-    refuse = 0x00050000 | 1  # SECCOMP_RET_ERRNO | EPERM
+        raise OSError(errno.ENOSYS, f"no system call numbers for {machine}")
+    audit, refused, own_id, to_others = _ARCHITECTURES[machine]
+    numbers = [*refused.values(), *(to_others.values() if only_itself else ())]
+    checked = [*own_id.values()] if only_itself else []
+    lines: list[bytes] = []
+    refuse = len(numbers) + len(checked) + 9  # the last line
+    check = refuse - 4
 
-    # Classic BPF on struct seccomp_data: the number is at byte 0, the architecture at byte 4.
-    def load(offset: int) -> bytes:
-        return struct.pack("=HBBI", 0x20, 0, 0, offset)
+    # Classic BPF on struct seccomp_data: the call's number is at byte 0, the architecture at 4, argument 1 at 16.
+    def load(offset: int) -> None:
+        lines.append(struct.pack("=HBBI", 0x20, 0, 0, offset))
 
-    def jump(condition: int, value: int, yes: int, no: int) -> bytes:
-        return struct.pack("=HBBI", condition, yes, no, value)
+    def jump(condition: int, value: int, *, yes: int | None = None, no: int | None = None) -> None:
+        to = [0 if target is None else target - len(lines) - 1 for target in (yes, no)]
+        lines.append(struct.pack("=HBBI", condition, *to, value))
 
-    def end(value: int) -> bytes:
-        return struct.pack("=HBBI", 0x06, 0, 0, value)
+    def end(value: int) -> None:
+        lines.append(struct.pack("=HBBI", 0x06, 0, 0, value))
 
-    # Every test jumps to the last line, which refuses; the line before allows. The second test is for the x32 calls.
-    calls = sorted(numbers.values())
-    lines = [load(4), jump(0x15, audit, 0, len(calls) + 3), load(0), jump(0x35, 0x40000000, len(calls) + 1, 0)]
-    lines += [jump(0x15, number, len(calls) - index, 0) for index, number in enumerate(calls)]
-    lines += [end(0x7FFF0000), end(refuse)]
-    program = b"".join(lines)
-    loaded = _Filter(len(lines), program)
+    equal, at_least, allow = 0x15, 0x35, 0x7FFF0000
+    load(4)
+    jump(equal, audit, no=refuse)
+    load(0)
+    jump(at_least, 0x40000000, yes=refuse)  # the calls of x32
+    for number in numbers:
+        jump(equal, number, yes=refuse)
+    for number in checked:
+        jump(equal, number, yes=check)
+    end(allow)
+    load(16)
+    jump(equal, os.getpid(), yes=refuse - 1)
+    jump(equal, 0, no=refuse)
+    end(allow)
+    end(0x00050000 | errno.EPERM)
+    assert len(lines) == refuse + 1
+    loaded = _Filter(len(lines), b"".join(lines))
     result = _libc.prctl(_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_FILTER), ctypes.byref(loaded), None, None)
     _check(result, "PR_SET_SECCOMP")

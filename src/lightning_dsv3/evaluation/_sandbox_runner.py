@@ -10,28 +10,30 @@ Three processes, each the parent of the next (without pid namespaces the first t
   model wrote, in an empty folder.
 
 The program cannot reach the keeper's report. It leaves its own message in a file without a name, which counts only if
-it starts with a token that the program's process drew and told the keeper before the model's code began. So nothing that
-is printed, and neither ``sys.exit(0)`` nor ``os._exit(0)``, passes for an end that was reached. The token lies in no
-variable while the code runs. Still, the code shares an interpreter with whoever knows the token: code written to search
-the interpreter's memory for this very sandbox could forge "ended". Where values are compared (LiveCodeBench) there is
-nothing to forge, as expected values never enter the sandbox.
+it starts with a token that the program's process drew and told the keeper before the model's code began. So nothing
+that is printed, and neither ``sys.exit(0)`` nor ``os._exit(0)``, passes for an end that was reached. The token lies in
+no variable while the code runs. Still, the code shares an interpreter with whoever knows the token: code written to
+search the interpreter's memory for this very sandbox could forge "end". Where values are compared (LiveCodeBench) there
+is nothing to forge, as expected values never enter the sandbox.
 """
 
 import builtins
 import contextlib
 import errno
-import io
+import importlib
 import json
 import os
 import resource
 import signal
 import sys
 import types
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-try:
-    import _sandbox_linux as linux
-except (ImportError, AttributeError):  # another system, or an interpreter without ctypes
-    linux = None
+linux: Any = None
+if sys.platform.startswith("linux"):
+    with contextlib.suppress(ImportError):  # an interpreter without ctypes
+        linux = importlib.import_module("_sandbox_linux")
 
 TOKEN_BYTES = 16
 SETUP_FAILED = 71  # EX_OSERR
@@ -97,7 +99,7 @@ def isolate(settings: dict) -> dict:
     if linux is not None:
         linux.adopt_orphans()
         in_force |= _namespaces(settings, user)
-        in_force["system calls"] = _rehearse(linux.filter_system_calls, "seccomp filter")
+        in_force["system calls"] = _rehearse(lambda: linux.filter_system_calls(only_itself=True), "seccomp filter")
         if not in_force["network"][0] and in_force["system calls"][0]:
             in_force["network"] = [True, "seccomp filter"]
     in_force["user"] = _choose_user(settings)
@@ -131,7 +133,7 @@ def _namespaces(settings: dict, user: int) -> dict:
     return found
 
 
-def _rehearse(action, how: str) -> list:
+def _rehearse(action: Callable[[], None], how: str) -> list:
     """Try in a child what cannot be undone."""
     child = os.fork()
     if child == 0:
@@ -216,11 +218,11 @@ def run_order(number: int, order: dict, settings: dict, report: Report) -> None:
     if settings["user"]:
         os.chown(folder, settings["user"], settings["user"])
     reading, writing = os.pipe()
-    report.send({"started": number})
+    waiting, release = os.pipe()
     program = os.fork()
     if program == 0:
         try:
-            begin(order, settings, folder, given, message, writing)
+            begin(order, settings, folder, given, message, writing, waiting)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
         finally:
@@ -228,11 +230,15 @@ def run_order(number: int, order: dict, settings: dict, report: Report) -> None:
     os.close(writing)
     with contextlib.suppress(OSError):
         os.setpgid(program, program)  # also done by the program: whoever is first
+    report.send({"started": None if settings["pid_namespace"] else program})
+    os.write(release, b"!")
     token = os.read(reading, TOKEN_BYTES)  # it ends with the program at the latest
-    status = _await_program(program)
+    status, told_to_stop = _await_program(program)
     _kill_the_rest(program, settings)
+    if told_to_stop:
+        os._exit(0)
     said = os.pread(message, os.fstat(message).st_size, 0)  # RLIMIT_FSIZE bounds it
-    for descriptor in (message, given, reading):
+    for descriptor in (message, given, reading, waiting, release):
         os.close(descriptor)
     valid = len(token) == TOKEN_BYTES and said.startswith(token)
     text = said[TOKEN_BYTES:].decode("utf-8", "replace") if valid else None
@@ -249,18 +255,19 @@ def _nameless_file(folder: str, content: bytes = b"") -> int:
     return descriptor
 
 
-def _await_program(program: int) -> int:
-    """Wait for the program, reaping orphans on the way; SIGTERM is the parent's word to stop."""
+def _await_program(program: int) -> tuple:
+    """Wait for the program, reaping orphans on the way, and say whether the parent sent SIGTERM, its word to stop."""
+    told_to_stop = False
     while True:
         if signal.sigwait(_WAITED_FOR) == signal.SIGTERM:
+            told_to_stop = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program, signal.SIGKILL)
-        while True:
+        pid = 1
+        while pid:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == program:
-                return os.waitstatus_to_exitcode(status)
-            if pid == 0:
-                break
+                return os.waitstatus_to_exitcode(status), told_to_stop
 
 
 def _kill_the_rest(program: int, settings: dict) -> None:
@@ -299,8 +306,9 @@ def become(user: int) -> None:
     os.setresuid(user, user, user)
 
 
-def begin(order: dict, settings: dict, folder: str, given: int, message: int, announce: int) -> None:
+def begin(order: dict, settings: dict, folder: str, given: int, message: int, announce: int, waiting: int) -> None:
     """Turn this process into the program's: limits, rights, descriptors, environment; then run it. Never returns."""
+    os.read(waiting, 1)  # until the parent knows of this process
     os.setpgid(0, 0)
     os.chdir(folder)
     os.dup2(given, 0)
@@ -312,14 +320,15 @@ def begin(order: dict, settings: dict, folder: str, given: int, message: int, an
     if settings["user"]:
         become(settings["user"])
     if linux is not None:
+        linux.die_with_parent()
         linux.drop_capabilities()
         with contextlib.suppress(OSError):  # known since `isolate` and reported there
-            linux.filter_system_calls()
+            linux.filter_system_calls(only_itself=not settings["pid_namespace"])
     os.environ.clear()
     os.environ.update(HOME=folder, TMPDIR=folder, PATH="/usr/bin:/bin", LANG="C.UTF-8")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8", errors="surrogateescape")
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115 - for life
     _conclude(message, os.getpid(), _draw_token(announce), _outcome(order))
 
 
@@ -349,7 +358,15 @@ def _draw_token(announce: int) -> bytes:
     return token
 
 
-def _conclude(message: int, pid: int, token: bytes, outcome: bytes, *, getpid=os.getpid, write=os.write, end=os._exit):
+def _conclude(
+    message: int,
+    pid: int,
+    token: bytes,
+    outcome: bytes,
+    getpid: Callable[[], int] = os.getpid,
+    write: Callable[[int, bytes], int] = os.write,
+    end: Callable[[int], NoReturn] = os._exit,
+) -> NoReturn:
     """Leave the message and end, without exit handlers; a fork of the program that came here leaves none."""
     if getpid() == pid:
         data = token + outcome
@@ -367,7 +384,7 @@ def _outcome(order: dict) -> bytes:
     for name in ("__main__", "_sandbox_runner", "_sandbox_linux"):
         sys.modules.pop(name, None)
     sys.modules["__main__"] = sys.modules[order["module"]] = module
-    builtins.exit = builtins.quit = sys.exit  # otherwise made by `site`, which is left out
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # otherwise made by `site`, which is left out
     try:
         value = _execute(order, module)
     except SystemExit as error:
@@ -377,7 +394,7 @@ def _outcome(order: dict) -> bytes:
     return b"end\n" + value
 
 
-def _execute(order: dict, module) -> bytes:
+def _execute(order: dict, module: types.ModuleType) -> bytes:
     for name, source in order["parts"]:
         exec(compile(source, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
     value = b""
@@ -397,7 +414,7 @@ def _execute(order: dict, module) -> bytes:
     return value
 
 
-def _describe(error, order: dict) -> bytes:
+def _describe(error: BaseException, order: dict) -> bytes:
     """Say what was raised, and where in the given sources."""
     try:
         sources = {f"<{name}>": source for name, source in order["parts"]}

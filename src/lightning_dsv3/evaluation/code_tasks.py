@@ -1,8 +1,8 @@
 """Scoring of generated code: HumanEval, MBPP, LiveCodeBench and CRUXEval, and pass@k.
 
-A scorer takes an `Executor`, a record with the published field names and one raw generation; it cuts the code out of the
-generation, runs it in the sandbox and returns a `Verdict`. Where the generation stops is decided here too, so that a
-model's text gives one verdict whatever stop strings the generating loop honoured.
+A scorer takes an `Executor`, a record with the published field names and one raw generation; it cuts the code out of
+the generation, runs it in the sandbox and returns a `Verdict`. Where the generation stops is decided here too, so that
+a model's text gives one verdict whatever stop strings the generating loop honoured.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Verdict:
     reason: str = "passed"
 
 
+def wrong(record: Record, key: str, name: str, fault: str) -> ValueError:
+    """Make the error about one field of a record, which is named by its field ``key``."""
+    return ValueError(f"record {record.get(key, '(unnamed)')}: the field {name!r} {fault}.")
+
+
 def require(record: Record, name: str, kind: type | tuple[type, ...], key: str) -> Any:
     """Get one field of a record.
 
@@ -47,18 +52,18 @@ def require(record: Record, name: str, kind: type | tuple[type, ...], key: str) 
         ValueError: If it is missing or of another type, with the record's name (its field ``key``) and the field's.
     """
     if name not in record:
-        raise ValueError(f"record {record.get(key, '(unnamed)')}: the field {name!r} is missing; it has {sorted(record)}.")
+        raise wrong(record, key, name, f"is missing; it has {sorted(record)}")
     value = record[name]
     if not isinstance(value, kind):
-        raise ValueError(f"record {record.get(key, '(unnamed)')}: the field {name!r} is a {type(value).__name__}.")
+        raise wrong(record, key, name, f"is a {type(value).__name__}")
     return value
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """Keep what is before the first of the stop strings.
+    r"""Keep what is before the first of the stop strings.
 
-    >>> cut_at("    return 1\\n\\ndef g():", HUMANEVAL_STOPS)
-    '    return 1\\n'
+    >>> cut_at("    return 1\n\ndef g():", HUMANEVAL_STOPS)
+    '    return 1\n'
     """
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
@@ -78,7 +83,7 @@ def score_mbpp(executor: Executor, record: Record, generation: str) -> Verdict:
     setup = require(record, "test_setup_code", str, "task_id")
     tests = require(record, "test_list", list, "task_id")
     if not tests:
-        raise ValueError(f"record {record.get('task_id', '(unnamed)')}: the field 'test_list' is empty.")
+        raise wrong(record, "task_id", "test_list", "is empty")
     code = cut_at(generation, MBPP_STOPS).rpartition("[BEGIN]")[2].strip()
     parts = [("setup", setup), ("solution", code), ("test", "\n".join(tests))]
     return _verdict(executor, [(name, _unix(source)) for name, source in parts])
@@ -120,9 +125,9 @@ def _answer(generation: str) -> str:
 
 
 def extract_input(generation: str) -> str | None:
-    """Find the call ``f(...)`` in an answer of CRUXEval-I; None if it is not exactly one such call.
+    r"""Find the call ``f(...)`` in an answer of CRUXEval-I; None if it is not exactly one such call.
 
-    >>> extract_input("assert f('==') == 3\\n[/ANSWER]")
+    >>> extract_input("assert f('==') == 3\n[/ANSWER]")
     "f('==')"
     """
     call = split_comparison(_answer(generation))[0]
@@ -135,9 +140,9 @@ def extract_input(generation: str) -> str | None:
 
 
 def extract_output(generation: str) -> str:
-    """Find the predicted output in an answer of CRUXEval-O: after ``==``, or all of it.
+    r"""Find the predicted output in an answer of CRUXEval-O: after ``==``, or all of it.
 
-    >>> extract_output("assert f('==') == {'a': '=='}\\n[/ANSWER]")
+    >>> extract_output("assert f('==') == {'a': '=='}\n[/ANSWER]")
     "{'a': '=='}"
     """
     left, right = split_comparison(_answer(generation))

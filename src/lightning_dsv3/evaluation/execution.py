@@ -7,12 +7,14 @@ repeat) in a session of its own, which shuts itself in as far as the system allo
 What holds depends on the system. `Executor.limits_in_force` asks a sandbox and says so, limit by limit:
 
 ==================  ================================================================================================
-Linux, as root      namespaces for network, pids, shared memory and mounts (all files read-only but the program's folder,
-                    which is in memory and bounded); the program becomes a user of its own, since RLIMIT_NPROC does not
-                    bind root; a system call filter refuses sockets
+Linux, as root      namespaces for network, pids, shared memory and mounts (all files read-only but the program's
+                    folder, which is in memory and bounded); the program becomes a user of its own, since RLIMIT_NPROC
+                    does not bind root; a system call filter refuses sockets
 Linux, as a user    the same within a user namespace, the user stays the same
-containers that     time, memory, file size, output and number of processes hold; sockets and leaving the process group
-refuse namespaces   are refused by the filter; files outside can be written as far as the user's rights go
+containers that     time, memory, file size, output and number of processes hold; sockets, signals to others and
+refuse namespaces   leaving the process group are refused by the filter; files outside can be written as far as the
+                    rights of the user go. Root still becomes another user, unless the interpreter's library is
+                    closed to others: then it stays root without capabilities, and processes are not limited
 macOS               time, file size and output; no limit on memory or processes, no isolation from network or files
 ==================  ================================================================================================
 
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,8 +130,8 @@ class Outcome:
     """How a program ended.
 
     Args:
-        kind: ``end``: every part ran to its last line. ``exit``: SystemExit. ``error``: another exception. ``killed``: by
-            a signal (the system's, of the processor limit, or its own). ``vanished``: the process ended before
+        kind: ``end``: every part ran to its last line. ``exit``: SystemExit. ``error``: another exception. ``killed``:
+            by a signal (the system's, of the processor limit, or its own). ``vanished``: the process ended before
             its last line with no exception, as by ``os._exit``. ``timeout`` and ``output``: past that limit.
         detail: What was raised and where, or the signal.
         stdout: Standard output.
@@ -161,11 +163,11 @@ class LimitInForce:
 
 @dataclass(frozen=True)
 class Executor:
-    """Runs model-written programs, several at a time.
+    r"""Runs model-written programs, several at a time.
 
     Args:
-        confirmed: Somebody agreed to run model-written code, as with lm-eval's ``--confirm_run_unsafe_code``. There is no
-            default; anything but ``True`` is refused.
+        confirmed: Somebody agreed to run model-written code, as with lm-eval's ``--confirm_run_unsafe_code``. There is
+            no default; anything but ``True`` is refused.
         limits: Of each program.
         workers: Programs at one time in `map`.
         preload: Modules of the standard library that the programs are likely to import: imported once per sandbox.
@@ -177,7 +179,7 @@ class Executor:
     Example:
         >>> executor = Executor(confirmed=True)
         >>> executor.run(Program([("solution", "print(6 * 7)")])).stdout
-        '42\\n'
+        '42\n'
     """
 
     confirmed: bool = field(kw_only=True)
@@ -211,7 +213,7 @@ class Executor:
         (outcome,) = self.run_in_turn([program])
         return outcome
 
-    def run_in_turn(self, programs: Iterable[Program]) -> Iterator[Outcome]:
+    def run_in_turn(self, programs: Iterable[Program]) -> Generator[Outcome, None, None]:
         """Run programs one after the other in one sandbox, each in a fresh process and an empty folder of it.
 
         For the tests of one problem. A program is started when its outcome is asked for, so a caller may stop at the
@@ -223,8 +225,8 @@ class Executor:
                 if sandbox is None:
                     sandbox = stack.enter_context(_Sandbox(self.limits, self.preload))
                     _say_once(sandbox.in_force)
-                yield (outcome := sandbox.run(program))
-                if outcome.kind in ("timeout", "output"):
+                yield sandbox.run(program)
+                if sandbox.broken:
                     stack.close()
                     sandbox = None
 
@@ -257,6 +259,8 @@ class _Sandbox:
         self.preload = preload
         self.captured = (bytearray(), bytearray())
         self.pending = b""
+        self.broken = False
+        self.program: int | None = None  # the process group of a program that runs, unless in a pid namespace
 
     def __enter__(self) -> _Sandbox:
         self.folder = tempfile.mkdtemp(prefix="lightning_dsv3_program_")
@@ -315,7 +319,7 @@ class _Sandbox:
         }
 
     def run(self, program: Program) -> Outcome:
-        """Run one program; after a limit of time or output is broken the sandbox is of no more use."""
+        """Run one program; when it breaks a limit that is watched from outside, the sandbox ends with it."""
         for captured in self.captured:
             captured.clear()
         call = None
@@ -323,13 +327,15 @@ class _Sandbox:
             call = {"function": program.call.function, "arguments": list(program.call.arguments)}
         order = {"parts": list(program.parts), "stdin": program.stdin, "call": call, "module": program.module}
         self._order(order)
-        self._await_start()
+        self.program = self._await_start()["started"]
         begun = time.monotonic()
         try:
             message = self._await_message(begun + self.limits.seconds)
         except _LimitError as broken:
             self.stop()
+            self.broken = True
             return self._outcome(broken.kind, str(broken), None, begun)
+        self.program = None
         self._drain()
         if any(len(captured) > self.limits.output for captured in self.captured):
             return self._outcome("output", f"more than {self.limits.output} bytes", None, begun)
@@ -392,6 +398,8 @@ class _Sandbox:
 
     def _receive(self) -> None:
         data = os.read(self.reports, 1 << 16)
+        if not data and self.program is not None:
+            raise _LimitError("killed", "with its sandbox")  # seen by it only where the system has no filter
         if not data:
             self._failed()
         self.pending += data
@@ -418,9 +426,11 @@ class _Sandbox:
         if self.process.poll() is None:
             self.process.terminate()  # the supervisor's sign to kill and reap all others
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.5)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(_STOP_SECONDS)
+        for group in filter(None, (self.program, self.process.pid)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        self.program = None
         self.process.wait(_STOP_SECONDS)
 
     def __exit__(self, *_: object) -> None:
@@ -449,7 +459,6 @@ class _LimitError(Exception):
 
 def _remove(folder: str) -> None:
     """Remove a folder whatever rights the program left on its own ones."""
-
     for parent, names, _ in os.walk(folder):
         for path in (os.path.join(parent, name) for name in names):
             if not os.path.islink(path):

@@ -166,7 +166,7 @@ def plan_placement(
     rank_LP: Ints | None
     if policy == "balanced":
         expert_LP, rank_LP = within_nodes(balanced_cells, load_LE, num_slots, num_gpus, nodes, groups)
-        if not grouped and num_nodes > 1 and num_groups % num_nodes == 0 and num_slots // num_gpus <= load_LE.shape[1]:
+        if not grouped and num_nodes > 1 and num_groups % num_nodes == 0 and num_slots // num_gpus < load_LE.shape[1]:
             # A published plan too, and not always the worse one.
             hierarchical_LP, _ = published(load_LE, num_slots, num_gpus, num_nodes, num_groups)
             shape = len(load_LE), num_gpus, -1
@@ -276,7 +276,9 @@ def load_table(load: Tensor | npt.ArrayLike) -> Floats:
         PlacementError: Not two-dimensional, empty, or with a number that is no load.
     """
     try:
-        array = np.array(load.detach().cpu() if isinstance(load, Tensor) else load, dtype=np.float64)
+        array = np.array(
+            load.detach().cpu().to(torch.float64).numpy() if isinstance(load, Tensor) else load, dtype=np.float64
+        )
     except (TypeError, ValueError) as error:
         raise PlacementError(f"load must be a table of numbers [layers, experts]: {error}") from error
     if array.ndim != 2 or array.size == 0:

@@ -42,7 +42,8 @@ _TARGETS = (
     (0.2, True), (0.35, True), (0.5, True), (0.65, True), (0.75, True), (0.85, True), (0.95, True),
     (0.3, False), (0.5, False), (0.75, False),
 )  # fmt: skip
-_DONORS, _RECEIVERS, _COUNT_ROUNDS = 6, 6, 4
+_FINE_TARGETS = tuple((part / 40, heaviest_first) for part in range(1, 41) for heaviest_first in (True, False))
+_NEIGHBOURS, _FEW_EXPERTS, _COUNT_ROUNDS = 8, 16, 8
 _FEW_COUNTS = 500
 # With two slots on a GPU: what two experts of one replica each may make up, in a GPU's mean load.
 _PAIRS = ((0.95, 1.02), (0.8, 1.005))
@@ -51,26 +52,28 @@ _PAIRS = ((0.95, 1.02), (0.8, 1.005))
 def balanced_cells(load_XE: Floats, num_slots: int, num_gpus: int) -> tuple[Ints, Ints]:
     """Place each cell's experts; a :data:`~lightning_dsv3.inference.placement_policies.CellPolicy`.
 
-    With more slots on a GPU than experts, doubles are inevitable: then it is the published plan.
+    With more slots on a GPU than experts, doubles are inevitable. Then all GPUs hold the same: perfectly even.
     """
     num_experts, room = load_XE.shape[1], num_slots // num_gpus
     load_XE = load_XE.astype(np.float64)
     if room == 1:
         expert_XP, rank_XP, _ = replicate(load_XE, num_slots)
         return expert_XP, rank_XP
-    published_XP, published_rank_XP = published_cells(load_XE.astype(np.float32), num_slots, num_gpus)
-    if room > num_experts:
-        return published_XP, published_rank_XP
+    if room >= num_experts:
+        expert_XP = np.tile(np.arange(room) % num_experts, (len(load_XE), num_gpus))
+        return expert_XP, replica_ranks(expert_XP, num_experts)
+    published_XP, _ = published_cells(load_XE.astype(np.float32), num_slots, num_gpus)
     _, _, counts_XE = replicate(load_XE, num_slots, most=num_gpus)
     expert_XGS = _improve(load_XE, deal(load_XE, counts_XE, num_gpus))
     published_XGS = published_XP.reshape(expert_XGS.shape)
     least_X = load_XE.sum(axis=1) / num_gpus
     off = peak_load(load_XE, expert_XGS) > least_X * (1 + _FAR)
     if off.any():
-        expert_XGS[off] = _search_targets(load_XE[off], expert_XGS[off], num_slots)
+        expert_XGS[off] = _search_targets(load_XE[off], expert_XGS[off], published_XGS[off], thorough=False)
         every_CE = _every_count(num_experts, num_slots, num_gpus)
         if every_CE is not None:
-            expert_XGS[off] = _best_of(load_XE[off], expert_XGS[off], np.stack([every_CE] * off.sum()))
+            every_XGS = _best_of(load_XE[off], np.stack([every_CE] * int(off.sum())), num_gpus)
+            expert_XGS[off] = _better(load_XE[off], expert_XGS[off], every_XGS)
     expert_XP = not_above(load_XE, expert_XGS, published_XGS).reshape(-1, num_slots)
     return expert_XP, replica_ranks(expert_XP, num_experts)
 
@@ -81,7 +84,7 @@ def not_above(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints) -> Ints:
     Neither of them has doubles. Only where no such plan was found the given one stays.
     """
     expert_XGS = expert_XGS.copy()
-    for search in (_search_from_published, _search_counts):
+    for search in (_search_from_published, _search_targets, _search_counts):
         above = peak_load(load_XE, expert_XGS) > peak_load(load_XE, published_XGS) * (1 + 1e-12)
         if not above.any():
             break
@@ -295,7 +298,7 @@ def _resolve_doubles(share_E: Floats, expert_GS: Ints) -> Ints | None:
     return expert_GS
 
 
-def _search_targets(load_XE: Floats, expert_XGS: Ints, num_slots: int) -> Ints:
+def _search_targets(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints, thorough: bool = True) -> Ints:
     """Try counts whose heaviest replica is between the lightest possible and a GPU's mean load; keep what is better.
 
     Greedy counts make heavy replicas light and nearly equal. Where they weigh, say, 0.6 of a GPU's mean load and are
@@ -304,10 +307,12 @@ def _search_targets(load_XE: Floats, expert_XGS: Ints, num_slots: int) -> Ints:
     """
     num_cells, num_experts = load_XE.shape
     num_gpus = expert_XGS.shape[1]
-    lightest_X1 = (load_XE / count_replicas(expert_XGS, num_experts)).max(axis=1, keepdims=True)
+    num_slots = published_XGS[0].size
+    _, _, greedy_XE = replicate(load_XE, num_slots, most=num_gpus)
+    lightest_X1 = (load_XE / greedy_XE).max(axis=1, keepdims=True)
     mean_X1 = load_XE.sum(axis=1, keepdims=True) / num_gpus
     tried = []
-    for part, heaviest_first in _TARGETS:
+    for part, heaviest_first in _FINE_TARGETS if thorough else _TARGETS:
         target_X1 = lightest_X1 + part * np.maximum(mean_X1 - lightest_X1, 0)
         # A load that is the target times a whole number stays at it.
         needed_XE = np.ceil(load_XE / np.where(target_X1 > 0, target_X1, 1) * (1 - 1e-12)).astype(np.int64)
@@ -323,9 +328,11 @@ def _search_targets(load_XE: Floats, expert_XGS: Ints, num_slots: int) -> Ints:
         for below, above in _PAIRS:
             paired_XE = _paired_singles(load_XE, mean_X1[:, 0] * below, mean_X1[:, 0] * above)
             tried.append(_top_up(load_XE, np.ones_like(paired_XE, np.int64), num_slots, num_gpus, paired_XE))
-    counts = np.concatenate(tried)
+    if thorough:
+        return _better(load_XE, expert_XGS, _best_of(load_XE, np.stack(tried, axis=1), num_gpus))
+    # The plan that is best as dealt is nearly always best in the end.
     load = np.tile(load_XE, (len(tried), 1))
-    dealt = deal(load, counts, num_gpus)
+    dealt = deal(load, np.concatenate(tried), num_gpus)
     best_X = peak_load(load, dealt).reshape(-1, num_cells).argmin(axis=0)
     return _better(load_XE, expert_XGS, _improve(load_XE, dealt[best_X * num_cells + np.arange(num_cells)]))
 
@@ -371,31 +378,44 @@ def _top_up(
 
 
 def _search_counts(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints) -> Ints:
-    """Try counts one replica away from the best ones, again and again."""
+    """Try counts one replica away from the last ones, again and again, also where that makes it worse for a while.
+
+    It sets out from the plan's own counts and from the published ones, and returns the best plan on both ways.
+    """
     num_experts, num_gpus = load_XE.shape[1], expert_XGS.shape[1]
+    capped_XE = np.minimum(count_replicas(published_XGS, num_experts), num_gpus)
+    starts_XE = _top_up(load_XE, capped_XE, published_XGS[0].size, num_gpus)
+    counts_XE = np.concatenate([count_replicas(expert_XGS, num_experts), starts_XE])
+    load, best_XGS = (
+        np.concatenate([load_XE, load_XE]),
+        np.concatenate([expert_XGS, deal(load_XE, starts_XE, num_gpus)]),
+    )
+    goal_X = np.tile(peak_load(load_XE, published_XGS), 2)
+    active = np.arange(len(load))
     for _ in range(_COUNT_ROUNDS):
-        better_XGS = _best_of(
-            load_XE, expert_XGS, _neighbours(load_XE, count_replicas(expert_XGS, num_experts), num_gpus)
-        )
-        if (better_XGS == expert_XGS).all():
+        tried_XGS = _best_of(load[active], _neighbours(load[active], counts_XE[active], num_gpus), num_gpus)
+        counts_XE[active] = count_replicas(tried_XGS, num_experts)
+        best_XGS[active] = _better(load[active], best_XGS[active], tried_XGS)
+        active = active[peak_load(load[active], best_XGS[active]) > goal_X[active]]
+        if not len(active):
             break
-        expert_XGS = better_XGS
-    return expert_XGS
+    return _better(load_XE, *(_better(load_XE, expert_XGS, way) for way in np.split(best_XGS, 2)))
 
 
-def _best_of(load_XE: Floats, expert_XGS: Ints, counts_XCE: Ints) -> Ints:
-    """Return the best of a plan and of those with C other counts, for each cell."""
+def _best_of(load_XE: Floats, counts_XCE: Ints, num_gpus: int) -> Ints:
+    """Return the best plan that has one of C counts, for each cell."""
     num_cells, num_counts, num_experts = counts_XCE.shape
     load = np.repeat(load_XE, num_counts, axis=0)
-    tried = _improve(load, deal(load, counts_XCE.reshape(-1, num_experts), expert_XGS.shape[1]))
+    tried = _improve(load, deal(load, counts_XCE.reshape(-1, num_experts), num_gpus))
     best_X = peak_load(load, tried).reshape(num_cells, num_counts).argmin(axis=1)
-    return _better(load_XE, expert_XGS, tried[np.arange(num_cells) * num_counts + best_X])
+    return tried[np.arange(num_cells) * num_counts + best_X]
 
 
 def _neighbours(load_XE: Floats, counts_XE: Ints, num_gpus: int) -> Ints:
     """Return counts with one replica taken from an expert that can spare it and given to a busy one, ``[X, C, E]``."""
     num_cells, num_experts = load_XE.shape
-    donors, receivers = min(_DONORS, num_experts), min(_RECEIVERS, num_experts)
+    wanted = _NEIGHBOURS if num_experts > _FEW_EXPERTS else num_experts
+    donors = receivers = min(wanted, num_experts)
     after_XE = np.where(counts_XE > 1, load_XE / np.maximum(counts_XE - 1, 1), np.inf)
     donor_XD = np.argsort(after_XE, axis=1, kind="stable")[:, :donors]
     before_XE = np.where(counts_XE < num_gpus, load_XE / counts_XE, -np.inf)

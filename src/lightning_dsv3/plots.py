@@ -263,6 +263,80 @@ def plot_balance_smoothing(result: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path, dpi=100)  # as wide as a page of documentation
 
 
+def plot_placement(
+    imbalance: Mapping[str, Sequence[float]],
+    gpu_loads: Mapping[str, npt.NDArray[np.floating[Any]]],
+    layers: Sequence[str],
+    path: Path,
+) -> None:
+    """Draw what a plan of redundant experts does: the imbalance of every layer, and the GPUs of the worst one.
+
+    Args:
+        imbalance: Busiest GPU's load over the mean, by layer, for each placement.
+        gpu_loads: Load of each GPU ``[L, G]`` for some placements, the first of which tells the worst layer.
+        layers: Names of the layers.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, values in imbalance.items():
+        style = {"color": "black", "linestyle": "--", "linewidth": 1} if name == "bound" else {"marker": "o"}
+        left.plot(range(len(layers)), values, markersize=3, label=name, **style)
+    shown = range(0, len(layers), max(1, len(layers) // 12))
+    left.set_xticks(shown, [layers[index] for index in shown], rotation=45, ha="right", fontsize=7)
+    left.set(ylabel="busiest GPU's load / mean", title="Imbalance by layer")
+    first = next(iter(gpu_loads.values()))
+    worst = int(np.argmax(first.max(axis=1) / np.maximum(first.mean(axis=1), 1e-300)))
+    for name, loads in gpu_loads.items():
+        relative = np.sort(loads[worst])[::-1] / max(loads[worst].mean(), 1e-300)
+        right.step(range(1, len(relative) + 1), relative, where="mid", label=name)
+    right.axhline(1, color="black", linestyle="--", linewidth=1)
+    right.set(xlabel="GPU, from the busiest", ylabel="load / mean", title=f"GPUs in {layers[worst]}")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_drift(
+    imbalance: Mapping[str, Sequence[float]],
+    moved: Mapping[str, Sequence[int]],
+    domains: Sequence[str],
+    path: Path,
+) -> None:
+    """Draw plans of redundant experts under a load that drifts between domains: imbalance, and experts moved.
+
+    Args:
+        imbalance: Busiest GPU's load over the mean at each step, for each strategy.
+        moved: Experts loaded before each step, for each strategy.
+        domains: Domains on the way, at equal distances.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    num_steps = len(next(iter(imbalance.values())))
+    for number, (name, values) in enumerate(imbalance.items()):
+        style = {"color": "black", "linestyle": "--"} if name == "bound" else {"color": f"C{number}"}
+        top.plot(range(num_steps), values, label=name, **style)
+        total = np.cumsum(moved.get(name, [0]))
+        if total[-1]:
+            bottom.step(range(num_steps), total, where="post", label=name, **style)
+    top.set(ylabel="busiest GPU's load / mean", title="Imbalance while the load drifts, mean of layers")
+    bottom.set(xlabel="step; traffic", ylabel="experts loaded")
+    places = np.linspace(0, num_steps - 1, len(domains))
+    bottom.set_xticks(places, [f"{place:g}\n{domain}" for place, domain in zip(places, domains, strict=True)])
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
     """Write a figure as PNG, complete or not at all; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,8 @@ def test_balanced_is_never_above_the_published_plans_and_has_no_twins(name, kind
         for policy in ("hierarchical", "global"):
             published = plan(load, shape, policy)
             above = balanced.imbalance(load) > published.imbalance(load) * (1 + 1e-9)
-            # With few experts on few GPUs twins can be worth something.
-            assert not (above & (published.twins == 0) if name == "odd" else above).any()
+            # With few experts, or two on a GPU, twins can be worth something: they split a load unevenly.
+            assert not (above & (published.twins == 0) if name in ("odd", "two slots") else above).any()
         bound = lower_bound(load, num_slots=shape[1], num_gpus=shape[2])
         assert (balanced.imbalance(load) >= bound * (1 - 1e-9)).all()
 

@@ -148,9 +148,14 @@ def _read_csv(text: str, path: Path) -> LoadTable:
     rows = [
         [cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)
     ]
-    if rows and not any(_is_number(cell) for cell in rows[0][1:] or rows[0]):
-        rows = rows[1:]
-    named = bool(rows) and len(rows[0]) > 1 and all(not _is_number(row[0]) for row in rows)
+    header = rows[0] if rows and _is_header(rows[0]) else None
+    rows = rows[1:] if header else rows
+    # A column without a name is the index that table programs write.
+    named = (
+        bool(rows)
+        and len(rows[0]) > 1
+        and (all(not _is_number(row[0]) for row in rows) or header is not None and not header[0])
+    )
     layers = [row[0] for row in rows] if named else [f"row_{number}" for number in range(1, len(rows) + 1)]
     values = [row[1:] if named else row for row in rows]
     for layer, row in zip(layers, values, strict=True):
@@ -159,6 +164,14 @@ def _read_csv(text: str, path: Path) -> LoadTable:
                 raise PlacementError(f"{path}: layer {layer}, expert {number}: {cell!r} is not a number")
     table = _table([[float(cell) for cell in row] for row in values], layers, str(path))
     return LoadTable(tuple(layers), {"all": table}, None, str(path))
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Whether a first row names columns: no number in it, or experts' numbers after a first cell that is no number."""
+    if _is_number(cells[0]):
+        return False
+    others = cells[1:]
+    return not any(map(_is_number, others)) or others == [str(number) for number in range(len(others))]
 
 
 def _table(rows: Any, layers: list[str], origin: str) -> Floats:

@@ -17,17 +17,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_dsv3.balance import (
+    COMMON_MASK_KEY,
     NATIVE_ADAPTERS,
     RouterAdapter,
     RouterObserver,
     data_parallel_group,
     expert_loads,
     find_routers,
+    load_statistics,
     max_over_ranks,
     no_router_message,
+    padding_mask,
     save_loads,
 )
-from lightning_dsv3.balance.loads import load_statistics
 from lightning_dsv3.plots import expert_load_figure, figure_pixels, plotting_problem, save_figure
 
 ALL = "all"
@@ -38,9 +40,9 @@ class ExpertLoadMonitor(Callback):
     """Counts the load of every expert in validation.
 
     The counts are kept by domain when batches carry ``domain`` (integers ``[B]``, one per row, index into the
-    domains' names), else as one domain ``all``. Rows whose ``labels`` are all -100 are padding and do not
-    count. The sanity check does not count. Ranks are summed. A layer that validation does not run is left
-    out.
+    domains' names), else as one domain ``all``. Padding does not count: positions where the batch's mask is 0, and rows
+    whose ``labels`` are all -100. The sanity check does not count. Ranks are summed. A layer that validation does not
+    run is left out.
 
     After each validation it logs, for every layer and for all of them together:
 
@@ -70,10 +72,13 @@ class ExpertLoadMonitor(Callback):
         routers: How private routers show their choices; tried before the built-in kinds.
         domains: Names of the domains. Default: ``trainer.datamodule.domains``, if there is one.
         per_layer: Log the figures of every layer, not only those for all layers.
+        mask_key: Key or attribute of the batch where its mask is, as in ``AuxFreeBalanceCallback``: bools or integers
+            ``[B, S]``, 0 for padding. Under the default name it may be missing; None counts what it hides like text.
         figures_dir: Folder for ``expert_load.png``, drawn anew after each validation. None draws no file.
 
     Raises:
-        MisconfigurationException: No router was found, or a batch's domain has no name.
+        MisconfigurationException: No router was found, a batch's domain has no name, or a mask does not tell which
+            of a router's tokens are padding.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -90,6 +95,7 @@ class ExpertLoadMonitor(Callback):
         *,
         per_layer: bool = True,
         figures_dir: str | os.PathLike[str] | None = None,
+        mask_key: str | None = COMMON_MASK_KEY,
     ) -> None:
         super().__init__()
         self.first_loads: dict[str, Any] | None = None
@@ -99,6 +105,7 @@ class ExpertLoadMonitor(Callback):
         self._domains: list[str] = []
         self._per_layer = per_layer
         self._figures_dir = figures_dir
+        self._mask_key = mask_key
         # Of the last validation, by layer, less their mean: what the drift is measured against.
         self._biases: dict[str, Tensor] = {}
         self._said_why_no_figure = False
@@ -146,7 +153,7 @@ class ExpertLoadMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count from here, by the domain of each row."""
-        self._observer.open(self._groups(batch))
+        self._observer.open(self._groups(batch), mask=padding_mask(batch, self._mask_key))
 
     def on_validation_batch_end(
         self,

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import re
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
@@ -35,7 +36,10 @@ def example(monkeypatch, tmp_path):
 
 def test_prints_both_runs_side_by_side(example, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["existing_trainer.py", "--offline", "--steps", "3"])
-    example.main()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        example.main()
+    assert not [str(warning.message) for warning in said if "val loop" in str(warning.message)]
     rows = re.findall(r"^(with the callback|without it) +([\d.]+) +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.M)
     assert [name for name, *_ in rows] == ["with the callback", "without it"]
     (_, first, last, _), (_, first_without, last_without, _) = rows
@@ -49,3 +53,7 @@ def test_the_users_own_module_knows_nothing_of_balancing():
     [module] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     names = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
     assert not {name for name in names if "balance" in name.lower()}
+
+
+def test_fits_a_screen_or_two():
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 90

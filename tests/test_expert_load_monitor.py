@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import itertools
 import json
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import ROOT
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -87,6 +89,43 @@ class TestLoads:
         make_trainer(monitor).validate(module, Data(val), verbose=False)
         assert monitor.loads["counts"] == {name: module.by_domain[name] for name in DOMAINS}
         assert sum(monitor.loads["tokens"].values()) == 5 * 7
+
+    @pytest.mark.parametrize("key", ["attention_mask", "is_text"])
+    @pytest.mark.parametrize("with_domains", [True, False])
+    def test_padding_inside_rows_does_not_count(self, key, with_domains):
+        """Held against the model's own record of a run in which the padded positions are left out."""
+        mask = torch.arange(7) < torch.tensor([7, 3, 1, 5, 6, 2, 4]).unsqueeze(1)
+        columns = {key: mask.long()} | ({"domain": domain_of(7)} if with_domains else {})
+
+        class Masked(MoE):
+            def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+                super().validation_step({name: value for name, value in batch.items() if name != "domain"}, batch_idx)
+                for row, is_text in enumerate(batch[key].bool()):
+                    alone = {name: value[row : row + 1] for name, value in batch.items()}
+                    alone["x"] = alone["x"][:, is_text]
+                    seen.append(alone)
+
+        seen: list[dict[str, Tensor]] = []
+        module = Masked()
+        monitor = ExpertLoadMonitor(**({} if key == "attention_mask" else {"mask_key": key}))
+        make_trainer(monitor).validate(module, Data(val_data(7, **columns)), verbose=False)
+        module.on_validation_start()
+        with torch.no_grad():
+            for batch in seen:
+                MoE.validation_step(module, batch, 0)
+        used = DOMAINS if with_domains else [*DOMAINS, "all"]
+        assert monitor.loads["counts"] == {name: module.by_domain[name] for name in used}
+        assert sum(monitor.loads["tokens"].values()) == int(mask.sum())
+
+    def test_a_mask_that_is_hidden_from_it_counts_like_text(self):
+        monitor, module = ExpertLoadMonitor(mask_key=None), MoE()
+        val = val_data(attention_mask=torch.zeros(6, 7, dtype=torch.int64))
+        make_trainer(monitor).validate(module, val, verbose=False)
+        assert monitor.loads["counts"] == {"all": module.by_domain["all"]}
+
+    def test_a_named_mask_that_is_missing_is_an_error(self):
+        with pytest.raises(MisconfigurationException, match="mask_key='is_text'"):
+            make_trainer(ExpertLoadMonitor(mask_key="is_text")).validate(MoE(), val_data(), verbose=False)
 
     @pytest.mark.parametrize("padding", [0, 3])
     def test_without_domains_everything_is_one(self, padding):
@@ -434,3 +473,11 @@ class TestSaving:
         make_trainer(resumed, max_epochs=2).fit(MoE(), datamodule, ckpt_path=tmp_path / "last.ckpt")
         assert resumed.first_loads == monitor.first_loads
         assert resumed.loads != monitor.loads
+
+
+@pytest.mark.parametrize("name", ["aux_free_balance", "expert_load_monitor"])
+def test_takes_from_balance_what_is_public(name):
+    """Everybody's own callback can be made of the same parts."""
+    tree = ast.parse((ROOT / "callbacks" / f"{name}.py").read_text(encoding="utf-8"))
+    homes = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [home for home in homes if home and home.startswith("lightning_dsv3.balance.")]

@@ -20,11 +20,13 @@ from lightning_dsv3.balance.discovery import (
 from lightning_dsv3.balance.health import broken_layers, require_finite_routing
 from lightning_dsv3.balance.hugging_face import HuggingFaceRouterAdapter
 from lightning_dsv3.balance.installation import install_biases, install_biases_before_loading
-from lightning_dsv3.balance.loads import expert_loads, max_violations, save_loads
+from lightning_dsv3.balance.loads import LoadStatistics, expert_loads, load_statistics, max_violations, save_loads
 from lightning_dsv3.balance.loops import balanced
+from lightning_dsv3.balance.moving import move_biases
 from lightning_dsv3.balance.observer import RouterObserver, in_recompute
 from lightning_dsv3.balance.ownership import bias_owner, claim_bias, native_updaters, release_bias
 from lightning_dsv3.balance.padding import COMMON_MASK_KEY, padding_mask
+from lightning_dsv3.balance.progress import ViolationInBar
 from lightning_dsv3.balance.ranks import data_parallel_group, max_over_ranks, sum_over_ranks
 from lightning_dsv3.balance.steps import OptimizerStepWatcher
 
@@ -34,11 +36,13 @@ __all__ = [
     "DeepSeekV3RouterAdapter",
     "Float32Biases",
     "HuggingFaceRouterAdapter",
+    "LoadStatistics",
     "NativeUpdater",
     "ObservedRouter",
     "OptimizerStepWatcher",
     "RouterAdapter",
     "RouterObserver",
+    "ViolationInBar",
     "averaged_copies",
     "balanced",
     "bias_owner",
@@ -51,9 +55,11 @@ __all__ = [
     "in_recompute",
     "install_biases",
     "install_biases_before_loading",
+    "load_statistics",
     "matching_routers",
     "max_over_ranks",
     "max_violations",
+    "move_biases",
     "native_updaters",
     "no_router_message",
     "padding_mask",

@@ -22,9 +22,19 @@ NATIVE_ADAPTERS: tuple[RouterAdapter, ...] = (
 )
 """The kinds of router that are recognised without being told."""
 
-# Path components that torch.compile, checkpoint_wrapper, FSDP, DDP and DataParallel insert. They come and go
-# with the strategy, and a layer's name in logs, checkpoints and load files must not.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"})
+# Path components that torch.compile, checkpoint_wrapper, FSDP, DDP and DataParallel, and Fabric's `setup` insert. They
+# come and go with the strategy, and a layer's name in logs, checkpoints and load files must not. Fabric's wrapper holds
+# the model twice: what the strategy has made of it, and as it was given.
+_WRAPPERS = frozenset(
+    {
+        "_orig_mod",
+        "_checkpoint_wrapped_module",
+        "_fsdp_wrapped_module",
+        "module",
+        "_forward_module",
+        "_original_module",
+    }
+)
 # PEFT trains a copy of a module that is to be saved whole, `<name>.modules_to_save.<adapter>`, and leaves the original
 # as `<name>.original_module`, which is not called any more.
 _TRAINED_COPY, _UNUSED_ORIGINAL = "modules_to_save", "original_module"
@@ -84,7 +94,7 @@ def find_routers(root: nn.Module, adapters: Sequence[RouterAdapter] = NATIVE_ADA
     """Return every router below ``root`` that an adapter matches, in the order of the model.
 
     Args:
-        root: Any module; wrappers on the way (DDP, FSDP, checkpoint, compile) are looked through.
+        root: Any module; wrappers on the way (DDP, FSDP, checkpoint, compile, Fabric) are looked through.
         adapters: Tried in order; the first that matches a module reads it.
 
     Returns:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dsv3.balance.adapter import RouterAdapter
-from lightning_dsv3.balance.biases import Float32Biases, update_biases, valid_rate
+from lightning_dsv3.balance.biases import Float32Biases, valid_rate
 from lightning_dsv3.balance.discovery import NATIVE_ADAPTERS, ObservedRouter, find_routers, no_router_message
 from lightning_dsv3.balance.health import require_finite_routing
 from lightning_dsv3.balance.loads import max_violations
+from lightning_dsv3.balance.moving import move_biases
 from lightning_dsv3.balance.observer import RouterObserver
 from lightning_dsv3.balance.ownership import claim_bias, native_updaters, release_bias
 from lightning_dsv3.balance.steps import OptimizerStepWatcher
@@ -240,21 +241,19 @@ class balanced:  # noqa: N801 - reads as a phrase after `with`, like torch's no_
         # K is 0 until a forward has been seen, and the counts with it.
         self._tokens_seen += counts[0].sum() // max(1, self._observer.num_experts_per_tok[0])
         self._broken_forwards = self._broken_forwards + self._observer.broken_forwards
-        if not self.dry_run and stepped is not False:
-            self._move_biases(counts, stepped)
+        if not self.dry_run:
+            move_biases(
+                self._routers,
+                counts,
+                self._biases,
+                self.update_rate,
+                self.rule,
+                tokens_seen=self._tokens_seen,
+                stepped=stepped,
+                broken_forwards=self._broken_forwards,
+            )
         if self._tokens_seen.device.type == "cpu":
             self._require_finite()
-
-    def _move_biases(self, counts: list[Tensor], stepped: bool | Tensor) -> None:
-        rate = valid_rate(self.update_rate(self.tokens_seen)) if callable(self.update_rate) else self.update_rate
-        # What only the device knows is a factor of 0 or 1 of the rate, as in the callback.
-        rates = rate * (self._broken_forwards == 0).to(torch.float32)
-        if isinstance(stepped, Tensor):
-            rates = stepped.to(torch.float32) * rates
-        update_biases(
-            self._routers, counts, rates, BIAS_RULES[self.rule], [self._biases.of(router) for router in self._routers]
-        )
-        self._biases.write_rounded(self._routers)
 
     def _require_all_routers_seen(self) -> None:
         if unobserved := "; ".join(self._observer.unobserved()):

@@ -43,7 +43,6 @@ def padding_mask(batch: Any, key: str | None) -> Tensor | None:
         what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise MisconfigurationException(
             f"The batch's {key!r} is {what}; a mask that tells padding is bools or integers [B, S] with 0 for padding. "
-            "Put such a one into the batch and name it, AuxFreeBalanceCallback(mask_key=...), or count padding like "
-            "text: mask_key=None."
+            "Put such a one into the batch and name it, mask_key=..., or count padding like text: mask_key=None."
         )
     return mask

@@ -425,6 +425,7 @@ class _Sandbox:
         """End every process of the sandbox."""
         if self.process.poll() is None:
             self.process.terminate()  # the supervisor's sign to kill and reap all others
+            self.process.send_signal(signal.SIGCONT)  # should the program have been able to stop it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_STOP_SECONDS)
         for group in filter(None, (self.program, self.process.pid)):

@@ -1,0 +1,495 @@
+"""The sandbox of model-written code: what a program says of itself, what it may use, and a set of hostile ones.
+
+The hostile programs are bounded, so that none does harm should a limit fail: at most 40 forks that end by themselves,
+1.5 times a lowered memory limit, 3 MB of output, and writing outside only to a folder of the test. Where a limit does
+not hold on a system, `Executor.limits_in_force` has to say so.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from lightning_dsv3.evaluation import execution
+from lightning_dsv3.evaluation.execution import Call, Executor, Limits, Outcome, Program, SandboxError, UnsafeCodeError
+
+MIB = 1 << 20
+LIMITS = Limits(seconds=5, memory=256 * MIB, output=MIB, file_size=MIB)
+EXECUTOR = Executor(confirmed=True, limits=LIMITS)
+# The sandbox as it is where the system refuses namespaces, and where there is nothing but what every Unix has.
+REFUSED = "import _sandbox_linux; _sandbox_linux.enter_namespaces = lambda *_: (_ for _ in ()).throw(OSError(1, 'no'))"
+DEGRADED = {
+    "all there is": "",
+    "no namespaces": f"import _sandbox_runner; {REFUSED}; ",
+    "plain Unix": "import _sandbox_runner; _sandbox_runner.linux = None; ",
+}
+
+
+@pytest.fixture(autouse=True)
+def mark(monkeypatch):
+    """A word in the command line of every sandbox of this test, by which `sandbox_processes` knows them."""
+    word = f"mark_{uuid.uuid4().hex}"
+    monkeypatch.setattr(execution, "_BOOT", f"{execution._BOOT}  # {word}")
+    return word
+
+
+@pytest.fixture(params=DEGRADED, ids=lambda name: name.replace(" ", "-"))
+def executor(request, monkeypatch, mark):
+    """An executor on this system and on poorer ones."""
+    boot = execution._BOOT.replace("import _sandbox_runner; ", DEGRADED[request.param] or "import _sandbox_runner; ")
+    monkeypatch.setattr(execution, "_BOOT", boot)
+    return Executor(confirmed=True, limits=LIMITS)
+
+
+def run(source: str, executor: Executor = EXECUTOR, **options) -> Outcome:
+    return executor.run(Program([("solution", source)], **options))
+
+
+def sandbox_processes() -> list[str]:
+    """Whatever still runs of the sandboxes of this test."""
+    word = execution._BOOT.rpartition(" ")[2]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_text()
+            state = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if word in command and state[0] != "Z":
+            found.append(f"{folder.name} parent {state[1]}")
+    return found
+
+
+def open_to_all(path: Path) -> bool:
+    return path.exists() and all(folder.stat().st_mode & 0o001 for folder in [path, *path.parents])
+
+
+class TestConsent:
+    @pytest.mark.parametrize("word", [False, None, 1, "yes"])
+    def test_only_true_is_consent(self, word):
+        with pytest.raises(UnsafeCodeError, match="--confirm_run_unsafe_code"):
+            Executor(confirmed=word)
+
+    def test_it_cannot_be_forgotten(self):
+        with pytest.raises(TypeError, match="confirmed"):
+            Executor()
+
+    def test_it_cannot_be_changed_afterwards(self):
+        with pytest.raises(UnsafeCodeError):
+            dataclasses.replace(EXECUTOR, confirmed=False)
+
+    def test_windows_is_refused_with_a_remedy(self, monkeypatch):
+        monkeypatch.setattr(execution.os, "name", "nt")
+        with pytest.raises(NotImplementedError, match="WSL"):
+            Executor(confirmed=True)
+
+    @pytest.mark.parametrize(("field", "value"), [("seconds", 0), ("memory", -1), ("processes", 0), ("memory", MIB)])
+    def test_a_senseless_limit_is_named(self, field, value):
+        with pytest.raises(ValueError, match=f"Limits.{field}"):
+            Limits(**{field: value})
+
+
+class TestVerdict:
+    """Only the last line of the last part is an end."""
+
+    def test_a_program_that_reaches_its_end(self):
+        outcome = run("import sys\nprint('ä')\nprint('b', file=sys.stderr)")
+        assert (outcome.kind, outcome.stdout, outcome.stderr) == ("end", "ä\n", "b\n")
+
+    @pytest.mark.parametrize(
+        ("source", "kind"),
+        {
+            "print('end'); 1 / 0": "error",
+            "import sys; sys.exit(0)": "exit",
+            "raise SystemExit": "exit",
+            "exit()": "exit",
+            "quit(0)": "exit",
+            "raise KeyboardInterrupt": "error",
+            "raise GeneratorExit": "error",
+            "import os; os._exit(0)": "vanished",
+            "import os; os.abort()": "killed",
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)": "killed",
+            "def f(:": "error",
+            "x = '''": "error",
+            "x = '\0'": "error",
+            "return 1": "error",
+            "import os; os.execv('/bin/true', ['true'])": "vanished",
+        }.items(),
+    )
+    def test_every_other_end_is_a_failure(self, source, kind):
+        assert run(source).kind == kind
+
+    def test_the_reason_says_where(self):
+        program = Program([("solution", "def f():\n    return 1"), ("test", "x = 1\nassert f() == 2")])
+        assert EXECUTOR.run(program).reason == "error: test, line 2 (assert f() == 2): AssertionError"
+
+    def test_an_open_string_does_not_swallow_the_test(self):
+        program = Program([("solution", "x = '''"), ("test", "y = '''\n1 / 0\n'''\n")])
+        assert EXECUTOR.run(program).kind == "error"
+
+    def test_an_open_bracket_does_not_swallow_the_test(self):
+        assert EXECUTOR.run(Program([("solution", "x = ("), ("test", "1)")])).kind == "error"
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            # Whatever descriptor the program finds gets a word of success.
+            "import os\nfor fd in range(64):\n    try: os.write(fd, b'end\\n' * 9)\n    except OSError: pass\n"
+            "os._exit(0)",
+            # The same with a token of zeros before it, at the start of every file.
+            "import os\nfor fd in range(64):\n    try: os.pwrite(fd, bytes(16) + b'end\\n', 0)\n"
+            "    except OSError: pass\nos._exit(0)",
+            # What the runner might use when it reports.
+            "import json, os, builtins\njson.dumps = lambda *_: 'end'\nos.write = os._exit = print\n"
+            "builtins.BaseException = builtins.SystemExit = ValueError\nbuiltins.isinstance = lambda *_: True\n"
+            "builtins.str = builtins.repr = builtins.type = builtins.len = lambda *_: 'end'\n1 / 0",
+            # An exception with a will of its own.
+            "class E(Exception):\n    def __str__(self):\n        raise SystemExit(0)\nraise E",
+            "import os\nclass E(Exception):\n    def __str__(self):\n        os._exit(0)\nraise E",
+            "import sys\nclass E(BaseException):\n    pass\nsys.excepthook = lambda *_: None\nraise E",
+            # Handlers that would run at exit, and hooks on tracing.
+            "import atexit, os\natexit.register(os._exit, 0)\n1 / 0",
+            "import sys\nsys.stdout = sys.stderr = None\n1 / 0",
+            # The frames above, searched for something that looks like the token.
+            "import sys, os\nframe = sys._getframe()\nwhile frame:\n    for value in frame.f_locals.values():\n"
+            "        if isinstance(value, bytes) and len(value) == 16:\n"
+            "            for fd in range(64):\n                try: os.pwrite(fd, value + b'end\\n', 0)\n"
+            "                except OSError: pass\n    frame = frame.f_back\nos._exit(0)",
+        ],
+    )
+    def test_success_cannot_be_claimed(self, source):
+        assert run(source).kind not in ("end", "exit")
+
+    def test_a_fork_that_reaches_the_end_first_reports_nothing(self):
+        source = "import os, time\nif os.fork():\n    time.sleep(0.3)\n    raise ValueError('the parent')"
+        assert run(source).reason.endswith("ValueError: the parent")
+
+    def test_a_replaced_check_is_defined_anew_by_the_test(self):
+        parts = [
+            ("solution", "check = lambda f: None\ndef f(): return 1"),
+            ("test", "def check(f): assert f() == 2\ncheck(f)"),
+        ]
+        assert EXECUTOR.run(Program(parts)).kind == "error"
+
+    def test_verdicts_do_not_depend_on_the_hash_seed(self):
+        outputs = {run("print(list({'a', 'b', 'c', 'd', 'e'}))").stdout for _ in range(4)}
+        assert len(outputs) == 1
+
+
+class TestProgram:
+    def test_standard_input(self):
+        source = "import sys\nfirst = input()\nprint(first, sys.stdin.read())"
+        assert run(source, stdin="a\nbc\ud800").kind == "end"
+        assert run(source, stdin="a\nbü").stdout == "a bü\n"
+        assert run("import os; print(os.read(0, 9))", stdin="x").stdout == "b'x'\n"
+        assert run("input()").reason.endswith("EOFError: EOF when reading a line")
+
+    def test_a_large_standard_input_arrives_whole(self):
+        assert run("import sys; print(len(sys.stdin.read()))", stdin="x" * 900_000).stdout == "900000\n"
+
+    def test_a_call_returns_a_value_through_json(self):
+        source = "class Solution:\n    def add(self, a, b): return [a, b, None, (a,)]"
+        assert run(source, call=Call("add", [1, "é"])).value == [1, "é", None, [1]]
+        assert run("def add(a): return a * 100000", call=Call("add", ["x"])).value == "x" * 100_000
+        assert run("def add(a): return {1}", call=Call("add", [1])).kind == "error"
+        assert run("x = 1", call=Call("add", [1])).kind == "error"
+        assert run("def add(): return '[' * 1000", call=Call("add", [])).value == "[" * 1000
+
+    def test_threads_of_a_script_are_waited_for(self):
+        source = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()"
+        assert run(source, module="__main__").stdout == "late\n"
+
+    def test_classes_find_their_module(self):
+        source = "import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: 'int'\n"
+        source += "print(pickle.loads(pickle.dumps(A(1))))"
+        assert run(source).stdout == "A(x=1)\n"
+        assert run("import __main__; y = 2; print(__main__.y, __name__)", module="__main__").stdout == "2 __main__\n"
+
+    def test_the_environment_is_empty_and_nothing_is_inherited(self, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setenv("PYTHONSTARTUP", "secret")
+        source = (
+            "import json, os, sys\nopen_ = [fd for fd in range(3, 64) if os.path.exists(f'/dev/fd/{fd}')]\n"
+            "print(json.dumps([dict(os.environ), os.listdir('.'), os.getcwd(), sys.argv, sys.path, len(open_)]))"
+        )
+        environment, files, folder, arguments, path, descriptors = json.loads(run(source).stdout)
+        assert set(environment) == {"HOME", "TMPDIR", "PATH", "LANG"}
+        assert environment["HOME"] == environment["TMPDIR"] == folder
+        assert files == []
+        assert str(ROOT) not in "".join(path) or sys.base_prefix.startswith(str(ROOT))
+        assert not any("site-packages" in entry for entry in path)
+        assert "secret" not in str(arguments)
+        assert descriptors <= 2  # its message, and the pipe it waited at
+
+    def test_programs_in_turn_do_not_see_each_other(self):
+        source = "import os, builtins\nprint(os.listdir('.'), hasattr(builtins, 'left'))\n"
+        source += "builtins.left = 1\nopen('file', 'w')"
+        outcomes = list(EXECUTOR.run_in_turn([Program([("solution", source)])] * 3))
+        assert [outcome.stdout for outcome in outcomes] == ["[] False\n"] * 3
+
+    def test_programs_in_turn_go_on_after_one_that_is_stopped(self):
+        quick = Executor(confirmed=True, limits=dataclasses.replace(LIMITS, seconds=0.5))
+        sources = ["print(1)", "while True: pass", "print('x' * 3_000_000)", "print(4)"]
+        outcomes = list(quick.run_in_turn([Program([("solution", source)]) for source in sources]))
+        assert [outcome.kind for outcome in outcomes] == ["end", "timeout", "output", "end"]
+        assert outcomes[0].stdout == "1\n"
+        assert outcomes[3].stdout == "4\n"
+
+    def test_programs_in_turn_start_only_when_asked_for(self):
+        outcomes = EXECUTOR.run_in_turn(Program([("solution", source)]) for source in ["print(1)", "print(2)"])
+        assert next(outcomes).stdout == "1\n"
+        outcomes.close()
+        assert sandbox_processes() == []
+
+    def test_many_at_a_time_keep_their_order(self):
+        pool = Executor(confirmed=True, limits=LIMITS, workers=4)
+        outcomes = pool.map(lambda number: run(f"print({number})", pool).stdout, range(12))
+        assert outcomes == [f"{number}\n" for number in range(12)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs Unix")
+class TestHostile:
+    """Each on this system and on poorer ones."""
+
+    def test_time(self, executor):
+        quick = dataclasses.replace(executor, limits=dataclasses.replace(LIMITS, seconds=0.5))
+        begun = time.monotonic()
+        outcome = run("print('x', flush=True)\nwhile True: pass", quick)
+        assert (outcome.kind, outcome.stdout) == ("timeout", "x\n")
+        assert time.monotonic() - begun < 5
+        assert sandbox_processes() == []
+
+    def test_signal_handlers_do_not_help(self, executor):
+        quick = dataclasses.replace(executor, limits=dataclasses.replace(LIMITS, seconds=0.5))
+        source = (
+            "import signal, time\nfor number in range(1, 65):\n    try: signal.signal(number, signal.SIG_IGN)\n"
+            "    except (OSError, ValueError): pass\nend = time.time() + 20\nwhile time.time() < end:\n"
+            "    try: time.sleep(1)\n    except BaseException: pass"
+        )
+        assert run(source, quick).kind == "timeout"
+        assert sandbox_processes() == []
+
+    def test_processor_time_is_limited_inside(self):
+        source = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU))"
+        assert run(source).stdout == "(6, 6)\n"
+
+    def test_forks(self, executor):
+        source = (
+            "import os, time\nmade = 0\nfor _ in range(40):\n    try:\n        if os.fork() == 0:\n"
+            "            time.sleep(2)\n            os._exit(0)\n        made += 1\n"
+            "    except OSError: pass\nprint(made)"
+        )
+        outcome = run(source, executor)
+        assert outcome.kind == "end"
+        assert sandbox_processes() == []  # although they sleep for 2 s
+        if executor.limits_in_force["processes"].holds:
+            assert int(outcome.stdout) <= LIMITS.processes
+        else:
+            assert outcome.stdout == "40\n"
+            assert os.getuid() == 0 or sys.platform == "darwin"
+
+    def test_a_child_in_a_session_of_its_own(self, executor):
+        source = (
+            "import os, time\nif os.fork() == 0:\n    try: os.setsid()\n    except OSError: pass\n"
+            "    if os.fork() == 0:\n        time.sleep(3)\n    os._exit(0)"
+        )
+        assert run(source, executor).kind == "end"
+        if executor.limits_in_force["leftovers"].holds:
+            assert sandbox_processes() == []
+
+    def test_output(self, executor):
+        for stream in (1, 2):
+            outcome = run(f"import os\nfor _ in range(48): os.write({stream}, b'x' * 65536)", executor)
+            assert outcome.kind == "output"
+            assert len(outcome.stdout) + len(outcome.stderr) == MIB
+        assert run("print('x' * 1_000_000)", executor).kind == "end"
+
+    def test_memory(self, executor):
+        source = "x = bytearray(384 * 1024 ** 2)"
+        assert run(source, executor).reason.endswith("MemoryError")
+        assert run("x = bytearray(64 * 1024 ** 2)", executor).kind == "end"
+
+    def test_memory_limit_cannot_be_raised(self, executor):
+        source = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))"
+        outcome = run(source, executor)
+        if executor.limits_in_force["system calls"].holds or os.getuid() != 0:  # capabilities are gone
+            assert outcome.kind == "error"
+
+    def test_file_size(self, executor):
+        assert run("open('x', 'wb').write(bytes(3 << 20))", executor).kind == "error"
+        assert run("open('x', 'wb').write(bytes(1 << 19))", executor).kind == "end"
+
+    def test_deleting_its_own_folder(self, executor):
+        source = "import os, shutil\nopen('x', 'w')\nos.remove('x')\nshutil.rmtree(os.getcwd(), ignore_errors=True)"
+        assert run(source, executor).kind == "end"
+
+    def test_locking_its_own_folder(self, executor):
+        source = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w')\nos.symlink('/', 'a/root')\n"
+        source += "os.chmod('a/b', 0)\nos.chmod('a', 0)"
+        assert run(source, executor).kind == "end"
+
+    def test_writing_outside(self, executor, tmp_path):
+        tmp_path.chmod(0o700)
+        kept = tmp_path / "kept"
+        kept.write_text("as it was")
+        source = (
+            f"import os, shutil\nfolder = {str(tmp_path)!r}\nfor action in (\n"
+            "    lambda: open(folder + '/new', 'w'), lambda: open(folder + '/kept', 'w'),\n"
+            "    lambda: os.remove(folder + '/kept'), lambda: os.rename(folder + '/kept', folder + '/moved'),\n"
+            "):\n    try: action()\n    except OSError: pass\n"
+        )
+        assert run(source, executor).kind == "end"
+        in_force = executor.limits_in_force
+        if in_force["files outside"].holds or (os.getuid() == 0 and in_force["user"].holds):
+            assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+            assert kept.read_text() == "as it was"
+
+    def test_network(self, executor):
+        source = (
+            "import socket\nserver = socket.socket()\nserver.bind(('127.0.0.1', 0))\nserver.listen()\n"
+            "socket.create_connection(server.getsockname(), 1)"
+        )
+        if executor.limits_in_force["network"].holds:
+            assert run(source, executor).kind == "error"
+
+    def test_killing_the_sandbox(self, executor):
+        source = "import os, signal\nos.kill(os.getppid(), signal.{})"
+        for name in ("SIGTERM", "SIGKILL", "SIGSTOP"):
+            quick = dataclasses.replace(executor, limits=dataclasses.replace(LIMITS, seconds=1))
+            outcome = run(source.format(name), quick)  # an outcome, no error of ours
+            assert outcome.kind in ("end", "error", "killed", "timeout")
+            assert sandbox_processes() == []
+
+    def test_signals_to_others(self, executor):
+        bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"])
+        try:
+            outcome = run(f"import os\nos.kill({bystander.pid}, 9)", executor)
+            if executor.limits_in_force["system calls"].holds:
+                assert outcome.kind == "error"
+                assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
+
+    def test_the_group_of_the_program_only(self, executor):
+        assert run("import os\nos.killpg(0, 9)", executor).kind == "killed"
+
+    def test_deep_recursion(self, executor):
+        source = "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nf(200_000)"
+        assert run(source, executor).kind in ("end", "error", "killed")
+
+
+class TestLimitsInForce:
+    def test_each_is_named_with_its_means(self, executor):
+        names = ["time", "memory", "file size", "output", "leftovers", "network", "files outside", "system calls"]
+        assert list(executor.limits_in_force) == [*names, "user", "processes"]
+        assert all(limit.how for limit in executor.limits_in_force.values())
+
+    def test_what_does_not_hold_is_said_once(self, monkeypatch, caplog):
+        boot = execution._BOOT.replace("import _sandbox_runner; ", DEGRADED["plain Unix"])
+        monkeypatch.setattr(execution, "_BOOT", boot)
+        monkeypatch.setattr(execution, "_said", set())
+        for _ in range(2):
+            run("pass")
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "NOT limit" in record.message
+        assert "network" in record.message
+
+    @pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="needs root on Linux")
+    def test_root_becomes_a_user_of_its_own(self):
+        if EXECUTOR.limits_in_force["user"].holds:
+            users = {int(run("import os; print(os.getuid())").stdout) for _ in range(3)}
+            assert len(users) == 3
+            assert 0 not in users
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+    def test_no_capability_is_left(self):
+        lines = run("print(open('/proc/self/status').read())").stdout.splitlines()
+        sets = {name: int(value, 16) for name, value in (line.split(":\t") for line in lines if line.startswith("Cap"))}
+        assert sets["CapEff"] == sets["CapPrm"] == sets["CapInh"] == 0
+        assert "NoNewPrivs:\t1" in lines
+
+    @pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="needs root, to become somebody else")
+    def test_an_ordinary_user_is_shut_in_too(self):
+        """The whole way again as a user with no rights, with the system's interpreter if ours is root's alone."""
+        python = next(filter(open_to_all, [Path(sys.executable).resolve(), Path("/usr/bin/python3")]), None)
+        if python is None or not open_to_all(ROOT):
+            pytest.skip("no interpreter, or no source, that every user can read")
+        version = subprocess.run([python, "-c", "import sys; print(sys.version_info >= (3, 10))"], capture_output=True)
+        if version.stdout != b"True\n":
+            pytest.skip("the interpreter that every user can read is older than 3.10")
+        source = """
+import json, sys
+from execution import Executor, Limits, Program
+executor = Executor(confirmed=True, limits=Limits(seconds=5))
+run = lambda text: executor.run(Program([("solution", text)])).reason
+held = {name: limit.holds for name, limit in executor.limits_in_force.items()}
+fork = "import os, time\\nfor _ in range(40):\\n  if os.fork() == 0:\\n    time.sleep(2); os._exit(0)"
+write = f"open({sys.argv[1]!r}, 'w')"
+print(json.dumps([held, run(fork), run("import socket; socket.socket()"), run(write)]))
+"""
+        home = Path(execution.__file__).parent  # not the package, whose requirements that interpreter may lack
+        environment = {"PYTHONPATH": str(home), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/tmp"}
+        user = {"user": 12345, "group": 12345, "extra_groups": []}
+        with tempfile.TemporaryDirectory() as outside:
+            os.chmod(outside, 0o777)
+            command = [python, "-c", source, f"{outside}/x"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, **user)
+        assert done.returncode == 0, done.stderr
+        held, forks, socket, writing = json.loads(done.stdout)
+        assert held["processes"]
+        assert held["memory"]
+        assert "BlockingIOError" in forks
+        assert socket.startswith("error") or not held["network"]
+        assert "Read-only" in writing or not held["files outside"]
+
+    def test_a_sandbox_that_fails_is_no_verdict(self, monkeypatch):
+        boot = execution._BOOT.replace(
+            "import _sandbox_runner; ", "import _sandbox_runner as r; r.become = r._limit = 1; "
+        )
+        monkeypatch.setattr(execution, "_BOOT", boot.replace("_sandbox_runner.main", "r.main"))
+        with pytest.raises(SandboxError, match="not callable"):
+            run("pass")
+
+    def test_a_sandbox_that_never_starts_says_what_it_said(self, monkeypatch):
+        monkeypatch.setattr(execution, "_BOOT", "raise ImportError('half an installation')")
+        with pytest.raises(SandboxError, match="half an installation"):
+            run("pass")
+
+    def test_nothing_is_left_behind(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(execution.tempfile, "tempdir", str(tmp_path))
+        descriptors = len(os.listdir("/dev/fd"))
+        for source in ("pass", "1 / 0", "import os; os._exit(3)", "open('x', 'w')"):
+            run(source)
+        assert list(tmp_path.iterdir()) == []
+        assert len(os.listdir("/dev/fd")) == descriptors
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+    def test_the_sandbox_ends_with_its_parent(self):
+        source = (
+            "import os, lightning_dsv3.evaluation.execution as execution\nexecution._BOOT = os.environ['BOOT']\n"
+            "program = execution.Program([('solution', 'import time; time.sleep(8)')])\n"
+            "execution.Executor(confirmed=True).run(program)"
+        )
+        parent = subprocess.Popen([sys.executable, "-c", source], env=os.environ | {"BOOT": execution._BOOT})
+        deadline = time.monotonic() + 20
+        while not sandbox_processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        assert sandbox_processes()
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + 5
+        while sandbox_processes() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert sandbox_processes() == []

@@ -34,7 +34,8 @@ class TestStages:
         (val,) = quiet_trainer().validate(module, data, verbose=False)
         (test,) = quiet_trainer().test(module, data, verbose=False)
         for stage, measured in (("val", val), ("test", test)):
-            keys = {f"{stage}/{name}" for name in ("loss", "mtp_loss", "bpb", "prose/bpb", "code/bpb")}
+            names = ("loss", "mtp_loss", "mtp_acceptance/1", "mtp_acceptance_sampled/1", "bpb", "prose/bpb", "code/bpb")
+            keys = {f"{stage}/{name}" for name in names}
             assert measured.keys() == keys
             mean = (measured[f"{stage}/prose/bpb"] + measured[f"{stage}/code/bpb"]) / 2
             assert measured[f"{stage}/bpb"] == pytest.approx(mean)

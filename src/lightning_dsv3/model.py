@@ -19,7 +19,7 @@ from lightning_dsv3.layers.mtp import MTPModule
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import Router, RouterOutput
 from lightning_dsv3.ops.attention import Positions, document_mask
-from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, count_targets, linear_cross_entropy, shifted_targets
+from lightning_dsv3.ops.cross_entropy import count_targets, linear_cross_entropy, mtp_targets, shifted_targets
 from lightning_dsv3.ops.latent_attention import ModelCache
 from lightning_dsv3.ops.rope import rope_table
 
@@ -187,11 +187,7 @@ class DeepSeekV3(nn.Module):
         main = linear_cross_entropy(h_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten(), num_targets)
         mtp_losses = []
         for depth, state in enumerate(states, start=1):
-            targets_BS = shifted_targets(labels, depth + 1)[:, :-depth]
-            if document is not None:
-                crosses_BS = document[:, depth:] != document[:, :-depth]
-                targets_BS = targets_BS.masked_fill(crosses_BS, IGNORE_INDEX)
-            targets = targets_BS.flatten()
+            targets = mtp_targets(labels, depth, document).flatten()
             denominator = num_targets if self.config.mtp_loss_normalizer == "main" else count_targets(targets)
             mtp_losses.append(linear_cross_entropy(state.flatten(0, 1), self.head.weight, targets, denominator).loss)
         return main.loss, main.token_losses.view_as(labels), tuple(mtp_losses)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 # How a character that is not complete yet shows in decoded text.
 _INCOMPLETE = "\ufffd"
+# Bytes that a character may lack its end of; some tokenizers show each by itself.
+_MOST_INCOMPLETE = 3
 
 
 class TextStream:
@@ -37,8 +39,9 @@ class TextStream:
         self.stopped = False
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
-        self._decoded = 0  # tokens whose text is in self.text
-        self._context = 0  # where decoding begins: what a token looks like may depend on the one before
+        # Decoding begins some tokens back, as what a token looks like may depend on the one before.
+        self._begin = self._next_begin = 0
+        self._decoded = 0  # characters from there that are in self.text
         self._shown = 0
 
     def push(self, ids: Sequence[int]) -> str:
@@ -47,21 +50,20 @@ class TextStream:
             if self.stopped:
                 break
             self._ids.append(token)
-            before = self._decode(self._ids[self._context : self._decoded])
-            now = self._decode(self._ids[self._context :])
-            # A long run of such marks is not a character that waits for its end, but bytes that are none.
-            if now.endswith(_INCOMPLETE) and len(self._ids) - self._decoded < 4:
-                continue
-            self._context, self._decoded = self._decoded, len(self._ids)
-            self._add(now[len(before) :])
+            now = self._decode(self._ids[self._begin :])
+            complete = now[: len(now) - min(len(now) - len(now.rstrip(_INCOMPLETE)), _MOST_INCOMPLETE)]
+            self._add(complete[self._decoded :])
+            self._decoded = max(self._decoded, len(complete))
+            if complete == now:
+                self._begin, self._next_begin = self._next_begin, len(self._ids)
+                self._decoded = len(self._decode(self._ids[self._begin :]))
         return self._show(self._held_back())
 
     def finish(self) -> str:
         """Say that nothing follows; return what had been held back."""
-        if not self.stopped and self._decoded < len(self._ids):
-            before = self._decode(self._ids[self._context : self._decoded])
-            self._decoded = len(self._ids)
-            self._add(self._decode(self._ids[self._context :])[len(before) :])
+        if not self.stopped:
+            self._add(self._decode(self._ids[self._begin :])[self._decoded :])
+            self._begin, self._decoded = len(self._ids), 0
         return self._show(0)
 
     def _add(self, piece: str) -> None:

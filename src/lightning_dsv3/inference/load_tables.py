@@ -151,11 +151,8 @@ def _read_csv(text: str, path: Path) -> LoadTable:
     header = rows[0] if rows and _is_header(rows[0]) else None
     rows = rows[1:] if header else rows
     # A column without a name is the index that table programs write.
-    named = (
-        bool(rows)
-        and len(rows[0]) > 1
-        and (all(not _is_number(row[0]) for row in rows) or header is not None and not header[0])
-    )
+    index = header is not None and not header[0]
+    named = bool(rows) and len(rows[0]) > 1 and (index or all(not _is_number(row[0]) for row in rows))
     layers = [row[0] for row in rows] if named else [f"row_{number}" for number in range(1, len(rows) + 1)]
     values = [row[1:] if named else row for row in rows]
     for layer, row in zip(layers, values, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -170,3 +171,32 @@ def test_the_figure_draws_every_series(smoothing: ModuleType, tmp_path: Path, mo
     lines = {line.get_label(): line for line in right.lines}
     assert list(lines["2 GPUs, 2 experts each"].get_ydata()) == pytest.approx([2, 1])
     assert list(lines["4 GPUs, 1 expert each"].get_ydata()) == pytest.approx([8 / 3, 4 / 3])
+
+
+def test_the_page_has_the_measured_figures() -> None:
+    root = FILE.parents[1]
+    result = json.loads((root / "benchmarks" / "results" / "balance_smoothing.json").read_text())
+    page = (root / "docs" / "balance.md").read_text(encoding="utf-8")
+    tables = {
+        cells[0]: cells[1:]
+        for line in page.splitlines()
+        if line.startswith("| ") and len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 5
+    }
+    micro_batches = {(row["text"], row["tokens"]): row for row in result["micro_batches"]}
+    ranks = {(row["rank_reads"], row["gpus"], row["ranks"]): row for row in result["ranks"]}
+    sizes, pools = (256, 2048, 16384, 65536), (1, 16, 64, 256)
+    assert tables["MaxVio of a micro-batch"] == [f"{tokens:,} tokens" for tokens in sizes]
+    for text in {text for text, _ in micro_batches}:
+        line = text if text == "all domains" else f"{text} alone"
+        assert tables[line] == [f"{micro_batches[text, tokens]['mean']:.2f}" for tokens in sizes]
+    assert tables["chance alone"] == [f"{micro_batches['all domains', tokens]['floor']:.2f}" for tokens in sizes]
+    for gpus in (32, 8, 2):
+        values = [f"{1 + ranks['one domain', gpus, pooled]['mean']:.2f}" for pooled in pools]
+        assert tables[f"experts on {gpus} GPUs"] == values
+    assert tables["on 32 GPUs, ranks of all domains"] == [
+        f"{1 + ranks['all domains', 32, pooled]['mean']:.2f}" for pooled in pools
+    ]
+    assert tables["on 32 GPUs, chance alone"] == [
+        f"{1 + ranks['one domain', 32, pooled]['floor']:.2f}" for pooled in pools
+    ]
+    assert (root / "docs" / "figures" / "balance_smoothing.png").stat().st_size < 120_000

@@ -359,6 +359,14 @@ class TestCompile:
         observer.take()
         assert observer.broken_forwards.tolist() == [0]
 
+    def test_a_compiled_hook_asks_the_host_nothing_but_whether_it_is_a_recompute(self):
+        router = make_router()
+        observer = observe(router)
+        observer.open()
+        torch._dynamo.reset()
+        # One answer that no graph can hold; reading a value would be another break.
+        assert torch._dynamo.explain(router)(torch.randn(9, D)).graph_break_count <= 1
+
     def test_a_tracers_tensors_are_not_read(self):
         router = make_router()
         observer = observe(router)

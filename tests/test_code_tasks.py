@@ -168,6 +168,8 @@ class TestCruxEval:
             ("9" * 9_000, "8", False),
             ("__import__('os')._exit(0)", "8", False),
             ("exit()", "8", False),
+            ("4 * 2  # eight", "8", True),
+            ("4 * 3  # eight", "8", False),
         ],
     )
     def test_outputs(self, prediction, gold, equal):
@@ -180,6 +182,8 @@ class TestCruxEval:
         assert score_cruxeval_output(EXECUTOR, record, "assert f('x') == 'x=='\n[/ANSWER]").passed
         assert not score_cruxeval_input(EXECUTOR, record, "assert f('y') == 'x=='\n[/ANSWER]").passed
         assert not score_cruxeval_output(EXECUTOR, record, "assert f('x') == 'x'\n[/ANSWER]").passed
+        assert not score_cruxeval_input(EXECUTOR, record, "f('y')  # a true value").passed
+        assert score_cruxeval_input(EXECUTOR, record, "f('x')  # a true value").passed
         for scorer in (score_cruxeval_input, score_cruxeval_output):
             with pytest.raises(ValueError, match="record ours: the field 'output' is missing"):
                 scorer(EXECUTOR, {"id": "ours", "code": ""}, "f(1)")

@@ -23,8 +23,8 @@ Scorer = Callable[[Executor, Record, str], "Verdict"]
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP_STOPS = ("[DONE]",)
 CRUXEVAL_STOPS = ("[/ANSWER]",)
-# Longer texts are no literals that a CRUXEval answer could be; parsing them outside the sandbox would only cost.
-_LONGEST_LITERAL = 10_000
+# Longer texts are no answers to CRUXEval.
+_LONGEST_EXPRESSION = 10_000
 _STRING = re.compile(
     r"""('''|\"\"\")(?:\\.|(?!\1).)*\1  # between three quotes
     |'(?:\\.|[^'\\\n])*' | "(?:\\.|[^"\\\n])*" """,
@@ -131,12 +131,10 @@ def extract_input(generation: str) -> str | None:
     "f('==')"
     """
     call = split_comparison(_answer(generation))[0]
-    try:
-        tree = ast.parse(call, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
-    is_call = isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "f"
-    return call if is_call else None
+    match _parse(call):
+        case ast.Expression(body=ast.Call(func=ast.Name(id="f"))):
+            return call
+    return None
 
 
 def extract_output(generation: str) -> str:
@@ -149,13 +147,17 @@ def extract_output(generation: str) -> str:
     return left if right is None else right
 
 
+def _assert_equal(left: str, right: str) -> str:
+    return f"assert ({left}\n) == ({right}\n)"  # on lines of their own: a text may end in a comment
+
+
 def score_cruxeval_input(executor: Executor, record: Record, generation: str) -> Verdict:
     """Run the record's code and hold ``f`` of the predicted input against its output."""
     code, output = (require(record, name, str, "id") for name in ("code", "output"))
     call = extract_input(generation)
     if call is None:
         return Verdict(False, "no call f(...) in the answer")
-    return _verdict(executor, [("code", code), ("test", f"assert {call} == {output}")])
+    return _verdict(executor, [("code", code), ("test", _assert_equal(call, output))])
 
 
 def score_cruxeval_output(executor: Executor, record: Record, generation: str) -> Verdict:
@@ -178,21 +180,29 @@ def outputs_equal(code: str, prediction: str, gold: str, *, executor: Executor) 
     left, right = _literal(prediction), _literal(gold)
     if left is not None and right is not None:
         return bool(left[0] == right[0])
+    tree = _parse(prediction)
+    if tree is None or any(isinstance(node, ast.Name) and node.id == "f" for node in ast.walk(tree)):
+        return False
+    return _verdict(executor, [("code", code), ("test", _assert_equal(gold, prediction))]).passed
+
+
+def _parse(text: str) -> ast.Expression | None:
+    """Parse one expression, outside the sandbox: nothing is evaluated, and length bounds the parser's work."""
+    if len(text) > _LONGEST_EXPRESSION:
+        return None
     try:
-        tree = ast.parse(prediction, mode="eval")
+        return ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
-    if any(isinstance(node, ast.Name) and node.id == "f" for node in ast.walk(tree)):
-        return False
-    return _verdict(executor, [("code", code), ("test", f"assert ({gold}) == ({prediction})")]).passed
+        return None
 
 
 def _literal(text: str) -> tuple[Any] | None:
-    if len(text) > _LONGEST_LITERAL:
+    tree = _parse(text.strip())
+    if tree is None:
         return None
     try:
-        return (ast.literal_eval(text),)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return (ast.literal_eval(tree),)
+    except (ValueError, TypeError, MemoryError, RecursionError):  # it holds more than literals
         return None
 
 

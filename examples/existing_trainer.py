@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 import transformers
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
 from lightning_dsv3 import DeepSeekV3DataModule
@@ -54,13 +55,12 @@ def train(balance: AuxFreeBalanceCallback, steps: int, offline: bool) -> list[li
     data = DeepSeekV3DataModule({"offline": offline}, vocab_size=SIZES["vocab_size"], sequence_length=64, batch_size=8)
     data.setup("fit")
     figures: list[list[float]] = []
-    watch = L.pytorch.callbacks.LambdaCallback(
-        on_train_batch_end=lambda trainer, *_: figures.append(
-            [trainer.callback_metrics[key].item() for key in ("moe/max_violation", "loss")]
-        )
-    )
+
+    def keep(trainer: L.Trainer, *_: Any) -> None:
+        figures.append([trainer.callback_metrics[key].item() for key in ("moe/max_violation", "loss")])
+
     trainer = L.Trainer(
-        max_steps=steps, log_every_n_steps=1, callbacks=[balance, watch],
+        max_steps=steps, log_every_n_steps=1, callbacks=[balance, LambdaCallback(on_train_batch_end=keep)],
         logger=False, enable_checkpointing=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(LanguageModel(), data.train_dataloader())

@@ -45,6 +45,18 @@ class MoE(TinyMoE):
                     self.by_domain[name][index][expert] += 1
 
 
+class WithGate(MoE):
+    """With a private router beside its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.gate(batch["x"])
+        super().validation_step(batch, batch_idx)
+
+
 class Data(pl.LightningDataModule):
     domains = DOMAINS
 
@@ -209,13 +221,7 @@ class TestLoads:
         assert monitor.loads == loads[-1] != loads[0]
 
     def test_a_private_router_is_seen_through_its_adapter(self):
-        class WithGate(MoE):
-            def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-                self.gate(batch["x"])
-                super().validation_step(batch, batch_idx)
-
         module = WithGate()
-        module.gate = Gate()
         monitor = ExpertLoadMonitor(routers=[GateAdapter()])
         make_trainer(monitor).validate(module, val_data(), verbose=False)
         assert monitor.loads["layers"] == ["layer_0", "mtp_1", "gate"]
@@ -282,13 +288,7 @@ class TestLogging:
         assert len(logged[0]) == 3 + 3 * 3
 
     def test_a_private_router_and_its_bias_have_figures_too(self):
-        class WithGate(MoE):
-            def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-                self.gate(batch["x"])
-                super().validation_step(batch, batch_idx)
-
         module = WithGate()
-        module.gate = Gate()
         module.gate.correction += torch.tensor([3.0, 1.0, 1.0, -1.0])
         trainer = make_trainer(ExpertLoadMonitor(routers=[GateAdapter()]))
         trainer.validate(module, val_data(), verbose=False)

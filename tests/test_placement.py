@@ -229,7 +229,7 @@ GOOD = {"num_slots": 6, "num_gpus": 2}
         ([[1] * 4], {"num_slots": 6.0}, "num_slots=6.0 must be a whole number"),
         ([[1] * 4], {"num_nodes": 3, "num_groups": 3, "policy": "hierarchical"}, "num_groups=3 does not divide the 4"),
         ([[1] * 4], {"num_nodes": 4, "num_groups": 4, "policy": "hierarchical"}, "num_gpus=2 is not a multiple of"),
-        ([[1] * 4], {"policy": "ballanced"}, "policy='ballanced'.*did you mean 'balanced'"),
+        ([[1] * 4], {"policy": "balance"}, "policy='balance'.*did you mean 'balanced'"),
         ([[1] * 4], {"num_nodes": 2, "num_groups": 1, "keep_groups": True}, "keep_groups: 1 groups cannot"),
     ],
 )  # fmt: skip

@@ -85,6 +85,7 @@ class RouterObserver:
         self._training = training
         self._num_groups = num_groups
         self._rows = 1 if num_groups is None else num_groups + 1
+        self._sizes = [*(self._rows * router.num_experts for router in self.routers), len(self.routers)]
         self._table: Tensor | None = None
         self._layer_tables: list[Tensor] = []
         self._one = self._ones = torch.ones(1, dtype=torch.int64)
@@ -122,13 +123,12 @@ class RouterObserver:
 
     def start(self, device: torch.device | str) -> None:
         """Make room for the counts on ``device``, set them to 0, and forget which routers have been seen."""
-        sizes = self._sizes()
         # A tensor made under inference_mode, where validation hooks run, could not be written to outside of
         # it.
         self._is_on_cpu = torch.device(device).type == "cpu"
         with torch.inference_mode(False):
-            self._table = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-            *self._layer_tables, self._broken_L = self._table.split(sizes)
+            self._table = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+            *self._layer_tables, self._broken_L = self._table.split(self._sizes)
             self._broken = list(self._broken_L.unbind())
             self._one = self._ones = torch.ones(1, dtype=torch.int64, device=device)
         self.num_experts_per_tok = [0] * len(self.routers)
@@ -187,14 +187,16 @@ class RouterObserver:
         """
         counts = sum_over_ranks(self.snapshot(), group)
         self._started().zero_()
-        self.broken_forwards = counts[counts.numel() - len(self.routers) :]
-        return self.split(counts)
+        *tables, self.broken_forwards = counts.split(self._sizes)
+        return self._without_last_group(tables)
 
     def split(self, snapshot: Tensor) -> list[Tensor]:
         """Return the counts of a snapshot per router: ``[E]``, or ``[num_groups, E]``."""
-        tables = snapshot.split(self._sizes())[:-1]
+        return self._without_last_group(list(snapshot.split(self._sizes)[:-1]))
+
+    def _without_last_group(self, tables: list[Tensor]) -> list[Tensor]:
         if self._num_groups is None:
-            return list(tables)
+            return tables
         return [table.view(self._rows, -1)[: self._num_groups] for table in tables]
 
     def unobserved(self) -> list[str]:
@@ -207,9 +209,6 @@ class RouterObserver:
             )
             if num_chosen == 0
         ]
-
-    def _sizes(self) -> list[int]:
-        return [*(self._rows * router.num_experts for router in self.routers), len(self.routers)]
 
     def _started(self) -> Tensor:
         assert self._table is not None, "call start() first"

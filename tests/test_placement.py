@@ -47,6 +47,14 @@ def test_hierarchical_and_global_are_the_published_algorithm(shape, kind):
                 assert placement.logical_to_physical[layer, expert, replica] == slot
 
 
+def test_the_published_policies_see_float32():
+    # 2**24 + 1 is not a float32: a tie with 2**24, which the first expert wins.
+    load = [[2**24, 2**24 + 1, 1, 1]]
+    assert plan_placement(load, num_slots=6, num_gpus=6, policy="global").replica_counts.tolist() == [[2, 2, 1, 1]]
+    assert plan_placement(load, num_slots=5, num_gpus=5, policy="global").replica_counts.tolist() == [[2, 1, 1, 1]]
+    assert plan_placement(load, num_slots=5, num_gpus=5).replica_counts.tolist() == [[1, 2, 1, 1]]
+
+
 def test_hierarchical_keeps_groups_in_a_node_and_falls_back_to_global():
     load = tables("random", 3, 32, seed=0)
     kept = plan_placement(load, num_slots=48, num_gpus=8, num_nodes=2, num_groups=4, policy="hierarchical")

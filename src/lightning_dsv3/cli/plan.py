@@ -21,13 +21,14 @@ from lightning_dsv3.inference.replanning import DTYPE_BYTES, align, expert_bytes
 _PLAN = """\
 Plans redundant experts for serving with expert parallelism (report, section 3.4): from the load of every expert, how
 many replicas each gets and on which GPU they are, so that GPUs are equally busy. An expert's load is shared evenly by
-its replicas. Imbalance is the busiest GPU's load over the mean: 1 is balanced, and the layer takes that much longer.
+its replicas. Imbalance is the busiest GPU's load over the mean: 1 is balanced, at 1.5 the experts of a layer take half
+as long again.
 
 "dsv3 plan simulate LOADS ..." replays a load that drifts between domains through plans; it has its own --help.
 """
 
 _PLAN_EPILOG = """\
-LOADS is a run folder, its loads.json (dsv3 eval writes one too), or a .csv: a row per layer, a column per expert; a
+LOADS is a run folder, a loads.json of a run or an evaluation, or a .csv: a row per layer, a column per expert; a
 first row and a first column of names may be there.
 
 columns of the table:

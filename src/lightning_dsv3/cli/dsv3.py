@@ -34,6 +34,7 @@ commands:
   config    the whole configuration of a run, checked, as YAML; --plot draws its schedules
   corpus    the text that a run trains on: sources, sizes, licences, what is there and what is not
   report    a run folder as one HTML page, figures included
+  generate  text from a checkpoint of any kind, with drafts where asked
   plan      redundant experts for serving, planned from measured loads; a drift of the load replayed through plans
 
 "dsv3 COMMAND --help" tells more, with examples. "python -m lightning_dsv3 COMMAND" is the same.
@@ -212,6 +213,13 @@ examples:
     return 0
 
 
+def generate(words: Sequence[str]) -> int:
+    """Generate text from a checkpoint."""
+    from lightning_dsv3.cli.generate import generate as run_generate
+
+    return run_generate(words)
+
+
 def plan(words: Sequence[str]) -> int:
     """Plan redundant experts, or simulate a drift of the load."""
     from lightning_dsv3.cli.plan import plan as run_plan
@@ -224,6 +232,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": config,
     "corpus": corpus,
     "report": report,
+    "generate": generate,
     "plan": plan,
 }
 

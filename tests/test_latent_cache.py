@@ -78,7 +78,8 @@ def test_any_sequence_of_passes_forks_and_truncations_equals_the_plain_forward(m
         action = data.draw(st.sampled_from(["extend", "extend", "fork", "select", "truncate"]), "action")
         if action == "extend":
             width = data.draw(st.integers(1, 12), "width")
-            counts = st.one_of(st.just([width] * size), st.lists(st.integers(0, width), min_size=size, max_size=size))
+            ragged = st.lists(st.integers(0, width), min_size=size, max_size=size).filter(any)
+            counts = st.one_of(st.just([width] * size), ragged)
             at.extend(tokens(step, size, width), data.draw(counts, "counts"))
         elif action in ("fork", "select"):
             chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4), "rows of it")
@@ -205,6 +206,7 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch):
         (lambda m, c: extend(m, c, tokens(0, 3, 2)), r"input_ids: shape \[3, 2\].*2 rows"),
         (lambda m, c: extend(m, c, tokens(0, 2, 2), [3, 1]), r"num_tokens\[0\]=3"),
         (lambda m, c: extend(m, c, tokens(0, 2, 2), [1]), r"num_tokens: has 1 values"),
+        (lambda m, c: extend(m, c, tokens(0, 2, 2), [0, 0]), r"num_tokens: no row has a new token"),
         (
             lambda m, c: extend(tiny_model(kv_lora_rank=8), c, tokens(0, 2, 2)),
             r"another configuration \(kv_lora_rank=16",
@@ -231,6 +233,17 @@ def test_a_compiled_model_and_one_that_recomputes_are_run_as_they_are(part):
     caches = [LatentCache(plain.config, 2) for _ in range(2)]
     for some in ids.split(4, dim=1):
         assert torch.equal(extend(model, caches[0], some).hidden, extend(plain, caches[1], some).hidden)
+
+
+def test_padding_is_not_computed():
+    model = tiny_model()
+    seen = []
+    model.blocks[1].feed_forward.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    cache = LatentCache(model.config, 3)
+    extend(model, cache, tokens(0, 3, 9), [9, 2, 0])
+    extend(model, cache, tokens(0, 3, 4), [1, 4, 4])
+    extend(model, cache, tokens(0, 3, 4))
+    assert [shape[:2] for shape in seen] == [(1, 11), (1, 9), (3, 4)]
 
 
 class TestExperts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Likelihood(tuple):  # type: ignore[type-arg]
+class Likelihood(tuple):
     """The pair ``(log-likelihood, is greedy)`` that lm-eval knows, and counts of tokens.
 
     Attributes:

@@ -134,6 +134,8 @@ class LatentCache:
         tokens = [num_new] * self.batch_size if num_tokens is None else [int(n) for n in num_tokens]
         if len(tokens) != self.batch_size:
             raise ValueError(f"num_tokens: has {len(tokens)} values, and the cache {self.batch_size} rows")
+        if not any(tokens):
+            raise ValueError("num_tokens: no row has a new token; give at least one")
         for row, (length, new) in enumerate(zip(self.lengths, tokens, strict=True)):
             if not 0 <= new <= num_new:
                 raise ValueError(f"num_tokens[{row}]={new}: must be from 0 to the {num_new} columns of the tokens")
@@ -176,6 +178,7 @@ class Extension:
         self._num_new, self._num_tokens = num_new, num_tokens
         self._own_lengths = [cache._own_length(row) for row in range(cache.batch_size)]
         self._is_first = not cache._levels and not any(self._own_lengths)
+        self._layout = None if all(n == num_new for n in num_tokens) else _Layout(num_tokens, num_new)
         self._aligned = len(set(self._own_lengths)) == 1
         self._reads: list[_Read] | None = None
         self._writes: list[_Write] = []
@@ -189,20 +192,33 @@ class Extension:
 
     @property
     def positions(self) -> Positions:
-        """Where the new tokens stand; ``[S, R / 2]`` if in all rows alike, else ``[B, S, R / 2]``."""
+        """Where the new tokens stand; ``[S, R / 2]`` if in all rows alike, else ``[B, S, R / 2]`` or packed."""
         if self._positions is None:
             lengths = self._cache.lengths
-            alike = len(set(lengths)) == 1
-            first = torch.tensor(lengths[0] if alike else lengths, device=self._device)
+            alike = len(set(lengths)) == 1 and self._layout is None
+            first = torch.tensor(lengths[0] if alike else lengths)
             config = self._cache.config
             cos, sin = rope_table(
-                first.unsqueeze(-1) + torch.arange(self._num_new, device=self._device),
+                self.pack(first.unsqueeze(-1) + torch.arange(self._num_new)).to(self._device),
                 dim=config.qk_rope_head_dim,
                 theta=config.rope_theta,
                 scaling=config.rope_scaling,
             )
             self._positions = Positions(cos, sin)
         return self._positions
+
+    @property
+    def num_queries(self) -> int:
+        """The most new tokens that a row has."""
+        return self._num_new
+
+    def pack(self, x_BS: Tensor) -> Tensor:
+        """Put the rows' tokens behind one another, ``[B, S, *]`` to ``[1, T, *]``, unless no row is padded."""
+        return x_BS if self._layout is None else self._layout.pack(x_BS)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Put packed rows side by side again; padding gets chance values."""
+        return x if self._layout is None else self._layout.unpack(x)
 
     def layer(self, index: int) -> _LayerCache:
         """Return the cache of a layer."""
@@ -225,21 +241,24 @@ class Extension:
 
     def _plan_writes(self, device: torch.device) -> list[_Write]:
         writes = []
-        if self._aligned:
+        if self._aligned and self._layout is None:
             first = self._own_lengths[0]
             for chunk in self._cache._chunks:
                 start, stop = max(chunk.start, first), min(chunk.stop, first + self._num_new)
                 if start < stop:
-                    target = (slice(None), slice(start - chunk.start, stop - chunk.start))
-                    writes.append(_Write(chunk, target, (slice(None), slice(start - first, stop - first))))
+                    columns = slice(start - chunk.start, stop - chunk.start)
+                    writes.append(
+                        _Write(chunk, (slice(None), columns), (slice(None), slice(start - first, stop - first)))
+                    )
             return writes
         slots_BS = torch.tensor(self._own_lengths).unsqueeze(1) + torch.arange(self._num_new)
+        rows_BS = torch.arange(len(self._own_lengths)).unsqueeze(1).expand_as(slots_BS)
+        slots, rows = self.pack(slots_BS), self.pack(rows_BS)
         for chunk in self._cache._chunks:
-            row, column = ((slots_BS >= chunk.start) & (slots_BS < chunk.stop)).nonzero(as_tuple=True)
-            if row.numel():
-                slot = (slots_BS[row, column] - chunk.start).to(device)
-                row, column = row.to(device), column.to(device)
-                writes.append(_Write(chunk, (row, slot), (row, column)))
+            source = ((slots >= chunk.start) & (slots < chunk.stop)).nonzero(as_tuple=True)
+            if source[0].numel():
+                target = (rows[source].to(device), (slots[source] - chunk.start).to(device))
+                writes.append(_Write(chunk, target, tuple(index.to(device) for index in source)))
         return writes
 
     def _plan_reads(self, like: Tensor) -> list[_Read]:
@@ -298,8 +317,9 @@ def extend(
     extension = cache.prepare(input_ids.shape[1], num_tokens).on(input_ids.device)
     # A compiled model would be traced anew for every length.
     with torch.compiler.set_stance("force_eager"):
-        output: DeepSeekV3Output = model(input_ids, return_logits=False, cache=extension)
+        output: DeepSeekV3Output = model(extension.pack(input_ids), return_logits=False, cache=extension)
     extension.commit()
+    output.residual, output.hidden = extension.unpack(output.residual), extension.unpack(output.hidden)
     return output
 
 
@@ -313,6 +333,25 @@ class _Chunk:
     @property
     def stop(self) -> int:
         return self.start + self.latent.shape[2]
+
+
+class _Layout:
+    """Where the tokens of padded rows ``[B, S]`` stand when they are packed, ``[1, T]``."""
+
+    def __init__(self, num_tokens: Sequence[int], width: int) -> None:
+        counts = torch.tensor(list(num_tokens))
+        ends = counts.cumsum(0)
+        columns = torch.arange(width)
+        # Padding repeats a row's last token.
+        self._packed_of = (ends - counts).unsqueeze(1) + torch.minimum(columns, (counts - 1).clamp(min=0).unsqueeze(1))
+        self._packed_of.clamp_(max=int(ends[-1]) - 1)
+        self._padded_of = (columns < counts.unsqueeze(1)).flatten().nonzero().squeeze(1)
+
+    def pack(self, x_BS: Tensor) -> Tensor:
+        return x_BS.flatten(0, 1)[self._padded_of.to(x_BS.device)].unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x[0, self._packed_of.to(x.device)]
 
 
 @dataclass(frozen=True)
@@ -373,8 +412,18 @@ class _LayerCache:
     extension: Extension
     index: int
 
+    @property
+    def num_queries(self) -> int:
+        return self.extension.num_queries
+
     def append(self, latent_BSW: Tensor) -> list[Segment] | None:
         return self.extension.append(self.index, latent_BSW)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return self.extension.unpack(x)
+
+    def pack(self, x_BS: Tensor) -> Tensor:
+        return self.extension.pack(x_BS)
 
 
 def _mask(visible: Tensor, width: int, like: Tensor) -> Tensor | None:

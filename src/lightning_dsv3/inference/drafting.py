@@ -129,6 +129,9 @@ class MTPDrafter:
         while len(chosen) < self.num_drafts:
             # At the very end of the context a row has no further position; its draft is not asked for.
             counts = [int(length < most) for length in self._caches[-1].lengths]
+            if not any(counts):
+                chosen.append(chosen[-1])
+                continue
             before, after = self._run(self.depth, hidden, chosen[-1].token.unsqueeze(1), counts)
             hidden = after if self._model.config.mtp_chain_state == "post_norm" else before
             chosen.append(choose(self._model.head(after.squeeze(1))))
@@ -137,10 +140,10 @@ class MTPDrafter:
         """Run module k on positions that follow those in its cache; return its states before and after its norm."""
         extension = self._caches[k - 1].prepare(hidden.shape[1], counts).on(hidden.device)
         with torch.compiler.set_stance("force_eager"):
-            embedding = self._model.embedding(tokens)
+            hidden, embedding = extension.pack(hidden), self._model.embedding(extension.pack(tokens))
             before, after, _ = self._model.mtp[k - 1](hidden, embedding, extension.positions, extension.layer(0))
         extension.commit()
-        return before, after
+        return extension.unpack(before), extension.unpack(after)
 
 
 def _append(tokens: Tensor, counts: Sequence[int], token: Tensor) -> Tensor:

@@ -80,35 +80,49 @@ class MultiHeadLatentAttention(nn.Module):
         q_BSHQ = self.q(x_BSD).unflatten(-1, (self.num_heads, self.qk_nope_head_dim + self.qk_rope_head_dim))
         latent_BSC, k_rope_BSR = self.kv_down(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent_BSC = self.kv_norm(latent_BSC)
-        cos, sin = positions.cos, positions.sin
-        if cache is not None:
-            turned_BSR = apply_rope(k_rope_BSR, cos, sin)
+        if cache is None:
+            out_BSHV = self._attend(q_BSHQ, self._expand(latent_BSC), k_rope_BSR, positions)
+        else:
+            turned_BSR = apply_rope(k_rope_BSR, positions.cos, positions.sin)
             segments = cache.append(torch.cat([latent_BSC, turned_BSR.to(latent_BSC.dtype)], dim=-1))
-            if segments is not None:
-                return self.output(self._attend_to_cache(q_BSHQ, segments, positions).flatten(-2))
-        kv_BSHU = self._expand(latent_BSC)
+            if segments is None:
+                q_BSHQ, kv_BSHU, k_rope_BSR = map(cache.unpack, (q_BSHQ, self._expand(latent_BSC), k_rope_BSR))
+                rows = positions.unpacked(cache.unpack)
+                out_BSHV = cache.pack(self._attend(q_BSHQ, kv_BSHU, k_rope_BSR, rows))
+            else:
+                out_BSHV = self._attend_to_cache(q_BSHQ, segments, positions, cache)
+        return self.output(out_BSHV.flatten(-2))
+
+    def _attend(self, q_BSHQ: Tensor, kv_BSHU: Tensor, k_rope_BSR: Tensor, positions: Positions) -> Tensor:
+        """Return ``[B, S, H, V]`` of tokens that attend to one another alone."""
+        cos, sin = positions.cos, positions.sin
         heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim=self.v_head_dim)
         out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=self.v_head_dim, mask=positions.mask)
-        return self.output(out_BHSV.transpose(1, 2).flatten(-2))
+        return out_BHSV.transpose(1, 2)
 
     def _expand(self, latent: Tensor) -> Tensor:
         """Return each head's key without position and value: ``[..., C]`` to ``[..., H, U]``."""
         return self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
 
-    def _attend_to_cache(self, q_BSHQ: Tensor, segments: Sequence[Segment], positions: Positions) -> Tensor:
+    def _attend_to_cache(
+        self, q_BSHQ: Tensor, segments: Sequence[Segment], positions: Positions, cache: LayerCache
+    ) -> Tensor:
         """Return ``[B, S, H, V]``, by the form that takes less work."""
         nope, rope, latent_dim = self.qk_nope_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
         q_nope_BSHN, q_rope_BSHR = q_BSHQ.split([nope, rope], dim=-1)
         q_rope_BSHR = apply_rope(q_rope_BSHR, positions.cos, positions.sin)
         widths = {"latent_dim": latent_dim, "rope_dim": rope, "nope_dim": nope, "v_head_dim": self.v_head_dim}
-        if not absorbed_is_cheaper(segments, q_BSHQ.shape[1], **widths):
-            q_BSHQ = torch.cat([q_nope_BSHN, q_rope_BSHR], dim=-1) * self.scale
-            return expanded_attention(q_BSHQ, segments, self._expand, latent_dim=latent_dim, v_head_dim=self.v_head_dim)
+        if not absorbed_is_cheaper(segments, cache.num_queries, **widths):
+            q_BSHQ = cache.unpack(torch.cat([q_nope_BSHN, q_rope_BSHR], dim=-1) * self.scale)
+            return cache.pack(
+                expanded_attention(q_BSHQ, segments, self._expand, latent_dim=latent_dim, v_head_dim=self.v_head_dim)
+            )
         weight_HUC = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
         key_HNC, value_HVC = weight_HUC.split([nope, self.v_head_dim], dim=1)
         q_BSHC = _by_head(q_nope_BSHN, key_HNC)
-        q_BSHW = torch.cat([q_BSHC, q_rope_BSHR.to(q_BSHC.dtype)], dim=-1) * self.scale
-        return _by_head(absorbed_attention(q_BSHW, segments, latent_dim=latent_dim), value_HVC.mT)
+        q_BSHW = cache.unpack(torch.cat([q_BSHC, q_rope_BSHR.to(q_BSHC.dtype)], dim=-1) * self.scale)
+        out_BSHC = cache.pack(absorbed_attention(q_BSHW, segments, latent_dim=latent_dim))
+        return _by_head(out_BSHC, value_HVC.mT)
 
 
 def _by_head(x_BSHI: Tensor, weight_HIO: Tensor) -> Tensor:

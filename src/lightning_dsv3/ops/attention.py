@@ -12,6 +12,7 @@ Shapes: B batch, S sequence, H heads, Q = nope + rope query and key width, R rot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,12 @@ class Positions(NamedTuple):
         """Return what holds for the first ``length`` positions alone."""
         mask = None if self.mask is None else self.mask[..., :length, :length]
         return Positions(self.cos[..., :length, :], self.sin[..., :length, :], mask)
+
+    def unpacked(self, unpack: Callable[[Tensor], Tensor]) -> Positions:
+        """Return the positions of rows that ``unpack`` puts side by side; those that all rows share stay."""
+        if self.cos.dim() == 2:
+            return self
+        return Positions(unpack(self.cos), unpack(self.sin), self.mask)
 
 
 class Heads(NamedTuple):

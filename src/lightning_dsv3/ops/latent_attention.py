@@ -59,17 +59,31 @@ class Segment(NamedTuple):
 
 
 class LayerCache(Protocol):
-    """What attention asks of a layer's cache."""
+    """What attention asks of a layer's cache.
+
+    Rows of different lengths come packed, all tokens behind one another as one row ``[1, T, *]``; attention alone
+    needs them side by side.
+    """
+
+    @property
+    def num_queries(self) -> int:
+        """S, the most new tokens that a row has."""
 
     def append(self, latent_BSW: Tensor) -> Sequence[Segment] | None:
         """Keep the latents of new tokens.
 
         Args:
-            latent_BSW: Latents and rotary keys of each row's new tokens, ``[B, S, W]``.
+            latent_BSW: Latents and rotary keys of each row's new tokens, ``[B, S, W]`` or packed.
 
         Returns:
             What the new tokens attend to, themselves included; None where there is nothing but themselves.
         """
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Put packed rows side by side: ``[1, T, *]`` to ``[B, S, *]``, padded at the end by chance values."""
+
+    def pack(self, x_BS: Tensor) -> Tensor:
+        """Undo :meth:`unpack`."""
 
 
 class ModelCache(Protocol):

@@ -232,15 +232,17 @@ def lower_bound(load: Tensor | npt.ArrayLike, *, num_slots: int, num_gpus: int) 
     _, _, counts_LE = replicate(load_LE, num_slots)
     low_L = np.maximum(load_LE.sum(axis=1) / num_gpus, (load_LE / counts_LE).max(axis=1))
     room = num_slots // num_gpus
-    if room > 1:
-        # The T in question is at most this: the busiest replica and, as heavy, all beside it.
-        high_L = room * low_L
-        fixed_L = _possible(load_LE, low_L, num_slots, room)
+    # Layers in which T can be higher: the bound so far is excluded. The T in question is at most `room` times that: the
+    # busiest replica and, as heavy, all beside it.
+    open_X = np.flatnonzero(~_possible(load_LE, low_L, num_slots, room)) if room > 1 else np.arange(0)
+    if len(open_X):
+        load_XE, low_X = load_LE[open_X], low_L[open_X]
+        high_X = room * low_X
         for _ in range(40):
-            middle_L = (low_L + high_L) / 2
-            possible_L = _possible(load_LE, middle_L, num_slots, room)
-            low_L = np.where(fixed_L | possible_L, low_L, middle_L)
-            high_L = np.where(possible_L, middle_L, high_L)
+            middle_X = (low_X + high_X) / 2
+            possible_X = _possible(load_XE, middle_X, num_slots, room)
+            low_X, high_X = np.where(possible_X, low_X, middle_X), np.where(possible_X, middle_X, high_X)
+        low_L[open_X] = low_X
     return torch.from_numpy(relative_to_mean(low_L, load_LE, num_gpus))
 
 

@@ -51,11 +51,10 @@ HUMANEVAL = {
 MBPP = {
     "task_id": 0,
     "text": "Write a function to add.",
-    "code": "def add(a, b):\r\n    return a + b + ZERO",
+    "code": "def add(a, b, zero=ZERO):\r\n    return a + b + zero",
     "test_setup_code": "ZERO = 0\r\n",
-    "test_list": ["assert add(1, 2) == 3", "assert add('a', '') == 'a' or True", "assert add(0, 0) == 0"],
+    "test_list": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add(0, 0) == 0"],
 }
-MBPP["code"] = "def add(a, b):\r\n    return a + b + type(a)(ZERO or '' if type(a) is str else 0)"
 
 
 class TestHumanEval:
@@ -340,6 +339,8 @@ class TestLiveCodeBench:
             ("1\n2\n", "1\n2", True),
             ("\n 1 \n 2\n\n", "1\n2", True),
             ("1\n\n2", "1\n2", False),
+            ("1", "1\n2", False),
+            ("1\n2", "1", False),
             ("1 2", "1\n2", False),
             ("1.0", "1", True),
             ("1e2 3", "100 3.000", True),

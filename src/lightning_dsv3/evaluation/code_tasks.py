@@ -79,18 +79,17 @@ def score_humaneval(executor: Executor, record: Record, generation: str) -> Verd
 
 
 def score_mbpp(executor: Executor, record: Record, generation: str) -> Verdict:
-    """Run the record's setup, the code (between ``[BEGIN]`` and ``[DONE]``, should they be there) and its tests."""
+    r"""Run the record's setup, the code (between ``[BEGIN]`` and ``[DONE]``, should they be there) and its tests.
+
+    The data set's ``\r\n`` are newlines like any other to Python's compiler, also inside strings.
+    """
     setup = require(record, "test_setup_code", str, "task_id")
     tests = require(record, "test_list", list, "task_id")
     if not tests:
         raise wrong(record, "task_id", "test_list", "is empty")
     code = cut_at(generation, MBPP_STOPS).rpartition("[BEGIN]")[2].strip()
     parts = [("setup", setup), ("solution", code), ("test", "\n".join(tests))]
-    return _verdict(executor, [(name, _unix(source)) for name, source in parts])
-
-
-def _unix(text: str) -> str:
-    return text.replace("\r\n", "\n")
+    return _verdict(executor, parts)
 
 
 def _verdict(executor: Executor, parts: Sequence[tuple[str, str]]) -> Verdict:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,9 @@ def _find(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read what Lightning saved; tensors stay in the file until they are asked for."""
+    if not zipfile.is_zipfile(path):
+        what = "is damaged, unfinished, or no checkpoint of Lightning's" if path.exists() else "is missing"
+        raise CheckpointError(f"{path}: {what}; take another checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -204,9 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint ({why}); it is damaged, unfinished, or another kind of file"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({why}); it is damaged, or another kind of file") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__} and is not a checkpoint of Lightning's")
     return checkpoint

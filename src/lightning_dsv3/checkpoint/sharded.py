@@ -11,6 +11,7 @@ that it is made of, and nothing else.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,12 +59,12 @@ class ShardedState:
         Raises:
             CheckpointError: A file is missing or damaged.
         """
+        state = {f"{self._key}{name}": tensor for name, tensor in tensors.items()}
         try:
-            load(
-                {f"{self._key}{name}": tensor for name, tensor in tensors.items()},
-                storage_reader=self._reader,
-                no_dist=True,
-            )
+            with warnings.catch_warnings():
+                # It warns that it takes this for one process, which is what `no_dist` says.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(state, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             if not isinstance(cause, Exception):

@@ -49,7 +49,7 @@ def extract_answer(solution: str) -> str:
     """
     stated = re.search(r"final answer is:?(.*)", solution, re.IGNORECASE)
     if stated:
-        return last_boxed(stated[1]) or re.split(r"\.?\s*I hope it is", stated[1])[0].strip()
+        return last_boxed(stated[1]) or re.split(r"\.?\s*I hope", stated[1])[0].strip()
     return last_boxed(solution) or ""
 
 
@@ -150,10 +150,7 @@ def is_equivalent(answer: str, gold: str) -> bool:
         return False  # a word is not a product of letters
     if "=" in ours or "=" in theirs:
         ours, theirs = _clean(answer), _clean(gold)
-    if not (is_readable(ours) and is_readable(theirs)):
-        return False
-    readings = _read(ours), _read(theirs)
-    return None not in readings and _same(*readings)
+    return is_readable(ours) and is_readable(theirs) and _same_reading(ours, theirs)
 
 
 def _rational(text: str) -> Fraction | None:
@@ -181,7 +178,7 @@ def is_readable(text: str) -> bool:
     return (
         len(text) <= 160
         and re.fullmatch(r"[\w\s\\{}()\[\],.+*/^=<>|&-]*", text, re.ASCII) is not None
-        and not re.search(r"\d_|\d{31}", text)  # 204_5 is a numeral in base 5
+        and not re.search(r"\d_|\d{31}|\.\d*\.", text)  # 204_5 is a numeral in base 5, 1.2.3 none at all
         and not _UNKNOWN_COMMAND.search(plain)
         and text.count("^") == len(_EXPONENT.findall(text)) <= 8
         and not re.search(r"[)\]}]\^\{-?\d\d", text)  # powers of powers grow by multiplication
@@ -198,14 +195,15 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _read(text: str) -> Any:
+def _same_reading(answer: str, gold: str) -> bool:
     from latex2sympy2_extended import latex2sympy
 
     try:
-        # ℝ or ℂ decides how the reader types symbols; None leaves them free.
-        return latex2sympy(text, is_real=None, normalization_config=None)
-    except Exception:  # the reader has no exception of its own: whatever it raises says that this is no formula
-        return None
+        return _same(*(latex2sympy(text, normalization_config=None) for text in (answer, gold)))
+    except Exception:
+        # The reader raises plain Exception at what is no formula, sympy nearly anything at formulas without sense, such
+        # as the sum of a matrix and a number: what cannot be read or compared is not equal.
+        return False
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -157,6 +157,10 @@ def test_a_plan_knows_only_what_was_measured_before_it():
     # At step 4 the load jumps; the plan made there is from steps 0 to 3.
     known = plan_placement(tables_[0], **CLUSTER)
     torch.testing.assert_close(result.imbalance["re-planned fully"][4], known.imbalance(tables_[1]))
+    # Every plan from scratch is aligned to the one before it.
+    first = plan_placement(steady.mean(axis=0), **CLUSTER)
+    assert result.moved["re-planned fully"].sum() == moved_experts(first, align(first, known)).sum()
+    assert result.moved["re-planned fully"].sum() < moved_experts(first, known).sum()
     mixed = plan_placement((tables_[0] + tables_[1]) / 2, **CLUSTER)
     torch.testing.assert_close(result.imbalance["planned once"][6], mixed.imbalance(tables_[1]))
     torch.testing.assert_close(result.bound[5], lower_bound(tables_[1], **CLUSTER))

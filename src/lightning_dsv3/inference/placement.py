@@ -38,7 +38,6 @@ from lightning_dsv3.inference.placement_search import (
     balanced_cells,
     count_replicas,
     gpu_load,
-    not_above,
     peak_load,
     replica_ranks,
 )
@@ -163,15 +162,8 @@ def plan_placement(
         )
     nodes, groups = (num_nodes, num_groups) if grouped else (1, 1)
     _check_groups(load_LE.shape[1], num_slots, num_gpus, nodes, groups)
-    rank_LP: Ints | None
     if policy == "balanced":
         expert_LP, rank_LP = within_nodes(balanced_cells, load_LE, num_slots, num_gpus, nodes, groups)
-        if not grouped and num_nodes > 1 and num_groups % num_nodes == 0 and num_slots // num_gpus < load_LE.shape[1]:
-            # A published plan too, and not always the worse one.
-            hierarchical_LP, _ = published(load_LE, num_slots, num_gpus, num_nodes, num_groups)
-            shape = len(load_LE), num_gpus, -1
-            experts = not_above(load_LE, expert_LP.reshape(shape), hierarchical_LP.reshape(shape))
-            expert_LP, rank_LP = experts.reshape(expert_LP.shape), None
     else:
         expert_LP, rank_LP = published(load_LE, num_slots, num_gpus, nodes, groups)
     return placement_of(expert_LP, load_LE.shape[1], num_gpus, num_nodes, grouped and nodes > 1, rank_LP)

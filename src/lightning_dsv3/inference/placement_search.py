@@ -74,14 +74,14 @@ def balanced_cells(load_XE: Floats, num_slots: int, num_gpus: int) -> tuple[Ints
         if every_CE is not None:
             every_XGS = _best_of(load_XE[off], np.stack([every_CE] * int(off.sum())), num_gpus)
             expert_XGS[off] = _better(load_XE[off], expert_XGS[off], every_XGS)
-    expert_XP = not_above(load_XE, expert_XGS, published_XGS).reshape(-1, num_slots)
+    expert_XP = _not_above(load_XE, expert_XGS, published_XGS).reshape(-1, num_slots)
     return expert_XP, replica_ranks(expert_XP, num_experts)
 
 
-def not_above(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints) -> Ints:
+def _not_above(load_XE: Floats, expert_XGS: Ints, published_XGS: Ints) -> Ints:
     """Return the plan, replaced by one no less even than the published one in those cells where it is less even.
 
-    Neither of them has doubles. Only where no such plan was found the given one stays.
+    Neither the given plan nor its replacement has doubles. Where none is found that is as even, the given one stays.
     """
     expert_XGS = expert_XGS.copy()
     for search in (_search_from_published, _search_targets, _search_counts):

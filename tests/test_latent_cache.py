@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tiny_model import tiny_model
 
 from lightning_dsv3.inference import LatentCache, extend
-from lightning_dsv3.inference import cache as cache_module
 from lightning_dsv3.layers import mla
 from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
@@ -142,7 +141,7 @@ def test_a_fork_takes_memory_for_its_own_tokens_only():
     branches = cache.fork([0] * 4)
     assert branches.num_bytes == 0
     extend(model, branches, tokens(1, 4, 3))
-    assert branches.num_bytes == cache.num_bytes * 4 * cache_module._SMALLEST_CHUNK / 640
+    assert branches.num_bytes == cache.num_bytes * 4 * 3 / 640
 
 
 def test_branches_that_stand_together_are_read_in_one_product():

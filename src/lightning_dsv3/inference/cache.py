@@ -33,7 +33,7 @@ from lightning_dsv3.ops.attention import Positions
 from lightning_dsv3.ops.latent_attention import Segment
 from lightning_dsv3.ops.rope import rope_table
 
-# Slots that a chunk has at least.
+# Slots that a chunk has at least, but for the first of a longer text: much of that is read once and goes no further.
 _SMALLEST_CHUNK = 64
 
 
@@ -161,7 +161,7 @@ class LatentCache:
         have = self._chunks[-1].stop if self._chunks else 0
         if have >= num_slots:
             return
-        size = max(num_slots - have, have // 2, _SMALLEST_CHUNK)
+        size = num_slots if have == 0 and num_slots > 1 else max(num_slots - have, have // 2, _SMALLEST_CHUNK)
         # Zeros, as what a mask hides is still multiplied: chance values could be NaN.
         latent = like.new_zeros(self.num_layers, self.batch_size, size, like.shape[-1])
         self._chunks.append(_Chunk(have, latent))

@@ -1,0 +1,106 @@
+"""Requests as a tree of tokens: what they have in common stands there once.
+
+The sequences of a benchmark share few-shot blocks, passages and questions. In their radix tree each run of tokens that
+several sequences have in common is one node, and the model computes every node once, on the latent cache of the node
+before it. The number of tokens in the tree is what has to be computed; nothing less gives the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of tokens, those before which are its parent's.
+
+    Attributes:
+        tokens: The run.
+        depth: How many tokens come before.
+        parent: The node before, None at the beginning of a sequence.
+        children: The nodes behind, with different first tokens.
+        ends: Numbers of the sequences that end with this run.
+        logprobs: Log-probability of each token given those before, float64, nan where unknown; for scoring.
+        greedy: Whether each token is the likeliest, for scoring.
+    """
+
+    tokens: Sequence[int]
+    depth: int
+    parent: Node | None
+    children: list[Node] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    greedy: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    @property
+    def num_inputs(self) -> int:
+        """How many of the tokens have one behind them: the last token of a sequence is predicted but not read."""
+        return len(self.tokens) if self.children else len(self.tokens) - 1
+
+
+def prefix_tree(sequences: Sequence[Sequence[int]]) -> list[Node]:
+    """Build the tree of sequences, which are not empty.
+
+    Returns:
+        The nodes that sequences begin with, by their first token. Sequences that are alike end in the same node.
+
+    Example:
+        >>> roots = prefix_tree([[1, 2, 3], [1, 2, 4, 5], [1, 2], [6]])
+        >>> [(list(node.tokens), node.depth, node.ends) for node in walk(roots)]
+        [([1, 2], 0, [2]), ([3], 2, [0]), ([4, 5], 2, [1]), ([6], 0, [3])]
+    """
+    order = sorted(range(len(sequences)), key=lambda number: tuple(sequences[number]))
+    ordered = [sequences[number] for number in order]
+    roots: list[Node] = []
+    # Sequences low to high agree on their first `depth` tokens, and belong behind `parent`.
+    pending: list[tuple[int, int, int, Node | None]] = [(0, len(order), 0, None)]
+    while pending:
+        low, high, depth, parent = pending.pop()
+        begin = low
+        while begin < high:
+            token = ordered[begin][depth]
+            end = begin + 1
+            while end < high and ordered[end][depth] == token:
+                end += 1
+            # In sorted order the first and the last differ earliest.
+            first, last = ordered[begin], ordered[end - 1]
+            stop = depth + 1
+            while stop < min(len(first), len(last)) and first[stop] == last[stop]:
+                stop += 1
+            node = Node(first[depth:stop], depth, parent)
+            (roots if parent is None else parent.children).append(node)
+            rest = begin
+            while rest < end and len(ordered[rest]) == stop:
+                node.ends.append(order[rest])
+                rest += 1
+            if rest < end:
+                pending.append((rest, end, stop, node))
+            begin = end
+    return roots
+
+
+def walk(nodes: Sequence[Node]) -> Iterator[Node]:
+    """Yield nodes and all behind them, each before those behind it."""
+    pending = list(reversed(nodes))
+    while pending:
+        node = pending.pop()
+        yield node
+        pending.extend(reversed(node.children))
+
+
+def path(node: Node) -> list[Node]:
+    """Return the nodes from the beginning to ``node``."""
+    nodes = []
+    current: Node | None = node
+    while current is not None:
+        nodes.append(current)
+        current = current.parent
+    return nodes[::-1]
+
+
+def count_inputs(roots: Sequence[Node]) -> int:
+    """Return how many tokens the model has to read for the whole tree."""
+    return sum(node.num_inputs for node in walk(roots))

@@ -1,0 +1,115 @@
+"""The engine: whatever texts have in common, each gets what the model says of it alone, and no token is run twice."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import tiny_model
+
+from lightning_dsv3.evaluation.engine import Engine
+from lightning_dsv3.evaluation.prefix_tree import count_inputs, path, prefix_tree, walk
+from lightning_dsv3.inference import Decoder, Sampling
+
+# Few tokens, so that much is shared, and what begins alike does not end alike.
+texts = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(std=0.12)
+
+
+def unique_prefixes(sequences):
+    return {tuple(sequence[:end]) for sequence in sequences for end in range(1, len(sequence))}
+
+
+class TestTree:
+    @given(sequences=texts)
+    def test_every_sequence_is_the_path_to_the_node_that_it_ends_in(self, sequences):
+        ends = {}
+        for node in walk(prefix_tree(sequences)):
+            assert len({child.tokens[0] for child in node.children}) == len(node.children)
+            assert len(node.children) != 1 or node.ends
+            for number in node.ends:
+                ends[number] = [token for part in path(node) for token in part.tokens]
+        assert [ends[number] for number in range(len(sequences))] == sequences
+
+    @given(sequences=texts)
+    def test_its_inputs_are_the_different_beginnings(self, sequences):
+        assert count_inputs(prefix_tree(sequences)) == len(unique_prefixes(sequences))
+
+
+def plain_scores(model, sequence):
+    with torch.no_grad():
+        logprobs = model(torch.tensor([sequence[:-1]])).logits[0].log_softmax(-1)
+    targets = torch.tensor(sequence[1:])
+    return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).numpy(), (logprobs.argmax(-1) == targets).numpy()
+
+
+class TestScoring:
+    @settings(max_examples=40, deadline=None)
+    @given(sequences=texts, rows=st.one_of(st.none(), st.integers(1, 4)), tokens=st.integers(1, 40))
+    def test_scores_are_those_of_each_sequence_alone(self, model, sequences, rows, tokens):
+        engine = Engine(model, max_rows=rows, max_tokens=tokens)
+        scores = dict(engine.score(sequences))
+        assert sorted(scores) == list(range(len(sequences)))
+        for number, sequence in enumerate(sequences):
+            logprobs, greedy = plain_scores(model, sequence)
+            np.testing.assert_allclose(scores[number].logprobs, logprobs, atol=1e-5)
+            assert scores[number].greedy.tolist() == greedy.tolist()
+        assert engine.counts.asked == sum(len(sequence) - 1 for sequence in sequences)
+        assert engine.counts.computed == engine.counts.unique == len(unique_prefixes(sequences))
+
+    @settings(max_examples=30, deadline=None)
+    @given(sequences=texts, data=st.data())
+    def test_only_what_is_asked_for_is_scored(self, model, sequences, data):
+        first = [data.draw(st.integers(1, len(sequence) - 1)) for sequence in sequences]
+        for number, scored in Engine(model).score(sequences, first):
+            logprobs, _ = plain_scores(model, sequences[number])
+            np.testing.assert_allclose(scored.logprobs[first[number] - 1 :], logprobs[first[number] - 1 :], atol=1e-5)
+
+    def test_letters_of_one_question_cost_one_pass(self, model, monkeypatch):
+        passes = []
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda ids, **k: passes.append(ids.shape) or forward(ids, **k))
+        question = [5, 6, 7, 8, 9]
+        scores = dict(Engine(model).score([[*question, letter] for letter in (1, 2, 3, 4)], [5] * 4))
+        assert passes == [(1, 5)]
+        assert len({round(float(scored.logprobs[-1]), 6) for scored in scores.values()}) == 4
+
+    def test_what_is_known_comes_before_all_is_done(self, model):
+        first = next(Engine(model, max_rows=1).score([[1, 2, 3], [4, 5, 6], [7, 8]]))
+        assert first[0] == 0
+
+    def test_logits_in_pieces_are_the_same(self, model, monkeypatch):
+        sequences = torch.randint(0, 64, (5, 20), generator=torch.Generator().manual_seed(0)).tolist()
+        expected = dict(Engine(model).score(sequences))
+        monkeypatch.setattr("lightning_dsv3.evaluation.engine._MOST_LOGITS", 64 * 7)
+        for number, scored in Engine(model).score(sequences):
+            np.testing.assert_allclose(scored.logprobs, expected[number].logprobs, atol=1e-6)
+
+
+class TestGenerating:
+    @settings(max_examples=30, deadline=None)
+    @given(prompts=texts, rows=st.integers(1, 5), eos=st.integers(0, 63), sample=st.booleans())
+    def test_continuations_are_those_of_each_prompt_alone(self, model, prompts, rows, eos, sample):
+        seeds = list(range(len(prompts)))
+        options = {"max_new_tokens": 6, "eos_token_ids": [eos], "sampling": Sampling(0.9) if sample else None}
+        made = dict(Engine(model, max_rows=rows).generate(prompts, seeds=seeds, **options))
+        assert sorted(made) == seeds
+        for number, prompt in enumerate(prompts):
+            new = [t for r in Decoder(model, [prompt], seeds=[number], **options) for news in r for t in news.tokens]
+            assert made[number] == new
+
+    def test_drafts_change_nothing(self, model):
+        prompts = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 4], [7]]
+        plain = dict(Engine(model).generate(prompts, max_new_tokens=9))
+        assert dict(Engine(model, max_rows=2).generate(prompts, max_new_tokens=9, num_drafts=2)) == plain
+
+    def test_prefixes_are_run_once(self, model):
+        shared = list(range(20))
+        prompts = [[*shared, *rest] for rest in ([1, 2], [3, 4, 5], [6])]
+        engine = Engine(model)
+        dict(engine.generate(prompts, max_new_tokens=3))
+        assert (engine.counts.asked, engine.counts.unique, engine.counts.computed) == (66, 26, 26)

@@ -47,6 +47,16 @@ def test_hierarchical_and_global_are_the_published_algorithm(shape, kind):
                 assert placement.logical_to_physical[layer, expert, replica] == slot
 
 
+def test_the_example_of_the_published_code():
+    # Load, deployment and plan are those of deepseek-ai/EPLB's README.
+    load = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
+    placement = plan_placement(load, num_slots=16, num_gpus=8, num_nodes=2, num_groups=4, policy="hierarchical")
+    assert placement.physical_to_logical.tolist() == [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]
+
+
 def test_the_published_policies_see_float32():
     # 2**24 + 1 is not a float32: a tie with 2**24, which the first expert wins.
     load = [[2**24, 2**24 + 1, 1, 1]]

@@ -12,7 +12,9 @@ to its GPUs, so that tokens which a router limits to few groups also stay on few
 with one group and one node. Where groups cannot be shared out evenly between nodes, hierarchical means global.
 
 All layers are worked on at once: the loops below run over items, each step is a few operations on all layers.
-Loads are float32 here, as in the published code, so that ties and near-ties fall alike.
+Loads are float32 here, as in the published code, so that near-ties fall alike. Among equals the first one is first; the
+published code leaves their order to torch's unstable sort. That decides which of two equal replicas is number 0, and no
+GPU's load.
 
 Shapes: L layers, N nodes, X = L * N cells (a node's share of a layer), E experts, P slots, G GPUs.
 """

@@ -13,7 +13,7 @@ Shapes: T tokens, K chosen experts per token, N = T*K pairs sorted by expert, E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def _experts_in_blocks(
     blocks = _Blocks(ends_E, x_TD, down_EDF.shape[2], skip_idle=True)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD))
     z_NG = x_TD.new_empty(token_N.shape[0], gate_up_EGD.shape[1])
-    gate_ups, downs = gate_up_EGD.mT.unbind(0), down_EDF.mT.unbind(0)
+    gate_ups, downs = blocks.matrices(gate_up_EGD), blocks.matrices(down_EDF)
     for pairs, experts in blocks:
         tokens_n, z_nG = token_N[pairs], z_NG[pairs]
         x_nD, y_nD, h_nF = blocks.rows("x"), blocks.rows("y"), blocks.rows("h", wide=False)
@@ -196,6 +196,13 @@ class _Blocks:
         for pairs, experts in self._plan:
             self._size = pairs.stop - pairs.start
             yield pairs, experts
+
+    def matrices(self, weight_EFD: Tensor) -> Mapping[int, Tensor]:
+        """Return the transposed matrices of the experts that have rows; a few are picked, of many a list is made."""
+        used = [expert for _, experts in self._plan for expert, _ in experts]
+        if 4 * len(used) < weight_EFD.shape[0]:
+            return {expert: weight_EFD[expert].mT for expert in used}
+        return dict(enumerate(weight_EFD.mT.unbind(0)))
 
     def rows(self, name: str, *, wide: bool = True, times: int = 1) -> Tensor:
         """Return the memory ``name`` cut to this block: rows of D (``wide``) or ``times`` F values."""

@@ -22,21 +22,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         Like ``x``; computed in float32 (float64 for float64). On a CPU it can be differentiated once.
     """
     if x.device.type == "cpu":
-        return _RMSNorm.apply(x, weight, eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, weight, eps)
+        return _rms_norm(x, weight, eps)[0]
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     # torch's kernel wants one dtype for both, which mixed precision does not give it.
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the result, and what x was multiplied with before the weight."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(x.dtype), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

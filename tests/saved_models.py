@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_dsv3.callbacks.run_folder import RunFolder
 from lightning_dsv3.checkpoint import save_hf_checkpoint
 from lightning_dsv3.config import DeepSeekV3Config, RunConfig
+from lightning_dsv3.data.tokenizer import EOS_TOKEN_ID
 from lightning_dsv3.model import DeepSeekV3
 from lightning_dsv3.module import DeepSeekV3Module
 
@@ -26,6 +27,7 @@ def trained_run(folder: Path, *callbacks: Any, **shape: Any) -> tuple[Path, Deep
         for parameter in module.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
+        module.model.head.weight[EOS_TOKEN_ID] = 0  # never the likeliest token: tests that want an end name another
     config = RunConfig(runs_dir=str(folder), model=module.model.config)
     run = RunFolder(config)
     quiet_trainer(*callbacks, balance(), run, max_steps=2, limit_val_batches=0).fit(module, tiny_data())

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ Several prompts are printed in their order, with an empty line between them. --o
   {"prompt": ..., "text": ..., "finish_reason": "eos" | "stop" | "length" | "interrupted", "num_tokens": n}
 num_tokens counts the end of sentence and the tokens of a stop string, text leaves them out.
 
-Ctrl-C prints what there is, exit code 130.
+Ctrl-C ends the pass at hand and prints what there is, a second one stops at once; exit code 130.
 
 examples:
   dsv3 generate --checkpoint runs/20261125-101500-tiny "The sea was"
@@ -119,10 +120,17 @@ def _check(options: argparse.Namespace) -> None:
     _check_sampling(options)
     if options.num_drafts is not None and not options.speculative:
         raise ConfigError(f"--num-drafts {options.num_drafts}: nothing is drafted; give --speculative as well")
-    if options.output is not None and options.output.suffix != ".jsonl":
-        raise ConfigError(f"--output {options.output}: a JSON object per line is written; give a name in .jsonl")
+    if options.output is not None:
+        _check_output(options.output)
     if not all(options.stop):
         raise ConfigError("--stop: an empty text would end every text at once; leave it out")
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"--output {path}: a JSON object per line is written; give a name in .jsonl")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.parent}; make it first")
 
 
 def _check_sampling(options: argparse.Namespace) -> None:
@@ -252,6 +260,33 @@ class _Text:
 _Show = Callable[[Sequence[_Text]], None]
 
 
+class _CtrlC:
+    """Notes a Ctrl-C, so that no text is cut while it is printed; a second one raises as ever.
+
+    Attributes:
+        pressed: Whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        # Where Ctrl-C is ignored, as in the background of a shell, or is another's, it stays so.
+        self._is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def __enter__(self) -> _CtrlC:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _on_signal(self, *_: object) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
 class _Run:
     """Generates for all prompts, batch by batch.
 
@@ -286,27 +321,29 @@ class _Run:
     def generate(self, show: _Show) -> bool:
         """Generate; return whether Ctrl-C ended it."""
         start = time.perf_counter()
-        interrupted = False
-        try:
-            for first in range(0, len(self._texts), self._options.batch_size):
-                self._generate_batch(range(first, min(first + self._options.batch_size, len(self._texts))), show)
-        except KeyboardInterrupt:
-            interrupted = True
-            for text in self._texts:
-                if text.begun and not text.finish_reason:
-                    text.finish("interrupted")
+        with _CtrlC() as ctrl_c:
+            for _ in self._rounds(show):
+                if ctrl_c.pressed:
+                    break
         self._seconds = time.perf_counter() - start
+        for text in self._texts:
+            if text.begun and not text.finish_reason:
+                text.finish("interrupted")
         show(self._texts)
-        return interrupted
+        return ctrl_c.pressed
 
-    def _generate_batch(self, batch: range, show: _Show) -> None:
-        for index in batch:
-            self._texts[index].begun = True
-        show(self._texts)
-        for made in self._decoder(batch):
-            for row, tokens, finish_reason in made:
-                self._texts[batch[row]].add(tokens, finish_reason)
+    def _rounds(self, show: _Show) -> Iterator[None]:
+        size, count = self._options.batch_size, len(self._texts)
+        for first in range(0, count, size):
+            batch = range(first, min(first + size, count))
+            for index in batch:
+                self._texts[index].begun = True
             show(self._texts)
+            for made in self._decoder(batch):
+                for row, tokens, finish_reason in made:
+                    self._texts[batch[row]].add(tokens, finish_reason)
+                show(self._texts)
+                yield
 
     def _decoder(self, batch: range) -> Decoder:
         return Decoder(

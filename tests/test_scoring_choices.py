@@ -31,6 +31,11 @@ def test_a_rule_without_its_inputs_is_left_out():
     assert set(score_choices(["a", "b"], 0, [-1.0, -2.0])) == {"acc", "acc_norm", "bpb"}
 
 
+def test_acc_norm_divides_by_characters_not_bytes():
+    # per character -1.25 and -1.17, per byte -0.42 and -1.17
+    assert score_choices(["中文中文", "abcdef"], 1, [-5.0, -7.0])["acc_norm"] == 1.0
+
+
 def test_the_first_of_equals_is_chosen():
     scores = [score_choices(["aa", "bb"], gold, [-2.0, -2.0], num_tokens=[1, 1])["acc_ppl"] for gold in (0, 1)]
     assert scores == [1.0, 0.0]

@@ -134,7 +134,7 @@ def _clean(answer: str) -> str:
 
 
 def is_equivalent(answer: str, gold: str) -> bool:
-    r"""Whether two answers mean the same; never raises and takes bounded time, whatever the answer.
+    r"""Whether two answers mean the same; no answer makes it raise or takes it long.
 
     Example:
         >>> is_equivalent(r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt{2}}"), is_equivalent("(1,2)", "(2,1)")
@@ -196,8 +196,10 @@ def _depth(text: str) -> int:
 
 
 def _same_reading(answer: str, gold: str) -> bool:
-    from latex2sympy2_extended import latex2sympy
-
+    try:
+        from latex2sympy2_extended import latex2sympy
+    except ImportError as error:
+        raise ImportError(f"{error}. Formulas are read with it: pip install 'lightning-dsv3[eval]'") from error
     try:
         return _same(*(latex2sympy(text, normalization_config=None) for text in (answer, gold)))
     except Exception:

@@ -35,6 +35,7 @@ commands:
   corpus    the text that a run trains on: sources, sizes, licences, what is there and what is not
   report    a run folder as one HTML page, figures included
   generate  text from a checkpoint of any kind, with drafts where asked
+  eval      a checkpoint on the report's benchmarks; the benchmarks themselves, and what a training text holds of them
   plan      redundant experts for serving, planned from measured loads; a drift of the load replayed through plans
 
 "dsv3 COMMAND --help" tells more, with examples. "python -m lightning_dsv3 COMMAND" is the same.
@@ -220,6 +221,13 @@ def generate(words: Sequence[str]) -> int:
     return run_generate(words)
 
 
+def evaluate(words: Sequence[str]) -> int:
+    """Evaluate a checkpoint, or tell of the benchmarks."""
+    from lightning_dsv3.cli.evaluate import evaluate as run_evaluate
+
+    return run_evaluate(words)
+
+
 def plan(words: Sequence[str]) -> int:
     """Plan redundant experts, or simulate a drift of the load."""
     from lightning_dsv3.cli.plan import plan as run_plan
@@ -233,6 +241,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "corpus": corpus,
     "report": report,
     "generate": generate,
+    "eval": evaluate,
     "plan": plan,
 }
 

@@ -311,6 +311,8 @@ def test_a_group_has_its_own_figures_or_those_of_its_members(tasks):
 
 
 def test_only_one_line_is_printed(tasks, capfd, caplog):
+    tiny_data().setup("fit")  # whose text may not have been tokenised yet
+    capfd.readouterr()
     with caplog.at_level("INFO"):
         fit(evaluator(tasks, ["tiny_choice", "tiny_generation"], limit=2, every_n_steps=1), max_steps=1)
     out, err = capfd.readouterr()

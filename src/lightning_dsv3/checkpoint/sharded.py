@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from lightning_dsv3.checkpoint.errors import CheckpointError
 
-# What torch names a module's state under: ModelParallelStrategy's word, then FSDPStrategy's.
+# What stands before the names of a module's tensors: ModelParallelStrategy's word, then FSDPStrategy's.
 _STATE_KEYS = ("state_dict.", "model.")
 _INCOMPLETE = "perhaps it was not written to its end; take an earlier checkpoint"
 
@@ -45,7 +45,6 @@ class ShardedState:
         self._folder = folder
         self._reader = _Reader(folder)
         stored: Mapping[str, Any] = self._reader.read_metadata().state_dict_metadata
-        # FSDPStrategy's word is also the first part of our own names, so it is tried last.
         self._key = next((key for key in _STATE_KEYS if any(name.startswith(key) for name in stored)), "")
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {
             name.removeprefix(self._key): (entry.size, entry.properties.dtype)

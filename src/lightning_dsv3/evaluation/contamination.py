@@ -144,8 +144,6 @@ class _Portion:
 
     def shares(self, documents: Iterable[str]) -> Iterator[float]:
         """Return of each record which share of its runs is in the documents."""
-        if not self.owners:
-            return
         # Equal runs of two records are looked up once.
         known, place = np.unique(np.concatenate(self._runs), return_inverse=True)
         ends = np.cumsum([len(runs) for runs in self._runs])
@@ -179,7 +177,8 @@ def _portions(
                 yield portion
                 portion = _Portion(length)
             portion.add(name, record.id, runs)
-    yield portion
+    if portion.owners:
+        yield portion
 
 
 def _runs_of(text: str, length: int) -> Iterator[Hashes]:

@@ -22,6 +22,7 @@ from lightning_dsv3.ops.dispatch import (
     permute,
     plan_dispatch,
 )
+from lightning_dsv3.ops.linear import linear
 from lightning_dsv3.ops.norm import rms_norm
 from lightning_dsv3.ops.rope import apply_rope, rope_table, softmax_scale, unapply_rope
 from lightning_dsv3.ops.routing import affinity, choose_experts, gate_values
@@ -318,3 +319,27 @@ def test_shifted_targets_point_at_the_label_so_many_places_ahead(batch: int, len
         assert torch.equal(targets[:, i], expected)
     assert count_targets(torch.tensor([IGNORE_INDEX])) == 1
     assert math.isclose(float(count_targets(targets)), max(1, batch * max(0, length - shift)))
+
+
+class TestFewRows:
+    def test_one_vector_is_one_row(self):
+        weight, x = torch.randn(8, 4), torch.randn(4)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x, weight), weight @ x)
+
+    @pytest.mark.parametrize("rows", [1, 2, 3, 7, 32, 33])
+    @pytest.mark.parametrize("shape", [(5, 3), (64, 48)])
+    def test_they_are_multiplied_as_many_are(self, rows, shape):
+        generator = torch.Generator().manual_seed(rows)
+        weight, x = (torch.randn(*size, generator=generator) for size in (shape, (1, rows, shape[1])))
+        with torch.no_grad():
+            y = linear(x, weight)
+        assert y.is_contiguous()
+        torch.testing.assert_close(y.double(), x.double() @ weight.double().mT, atol=1e-5, rtol=1e-5)
+
+    def test_gradients_and_autocast_are_those_of_torch(self):
+        weight, x = torch.randn(8, 4, requires_grad=True), torch.randn(2, 4)
+        linear(x, weight).sum().backward()
+        torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(8, 4))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.block import TransformerBlock
 from lightning_dsv3.layers.experts import Experts
+from lightning_dsv3.layers.linear import Linear
 from lightning_dsv3.layers.mtp import MTPModule
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import Router, RouterOutput
@@ -77,7 +78,7 @@ class DeepSeekV3(nn.Module):
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
+from lightning_dsv3.layers.linear import Linear
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.ops.attention import Positions, causal_attention, latent_heads
 from lightning_dsv3.ops.latent_attention import (
@@ -55,16 +56,16 @@ class MultiHeadLatentAttention(nn.Module):
         query_rows = heads * config.qk_head_dim
         self.q: nn.Module
         if config.q_lora_rank is None:
-            self.q = nn.Linear(d, query_rows, bias=False)
+            self.q = Linear(d, query_rows)
         else:
             self.q = nn.Sequential()
-            self.q.add_module("down", nn.Linear(d, config.q_lora_rank, bias=False))
+            self.q.add_module("down", Linear(d, config.q_lora_rank))
             self.q.add_module("norm", RMSNorm(config.q_lora_rank, _LATENT_EPS))
-            self.q.add_module("up", nn.Linear(config.q_lora_rank, query_rows, bias=False))
-        self.kv_down = nn.Linear(d, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+            self.q.add_module("up", Linear(config.q_lora_rank, query_rows))
+        self.kv_down = Linear(d, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_EPS)
-        self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.output = nn.Linear(heads * config.v_head_dim, d, bias=False)
+        self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.output = Linear(heads * config.v_head_dim, d)
 
     def forward(self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Attend causally.

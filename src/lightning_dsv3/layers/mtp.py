@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.block import TransformerBlock
+from lightning_dsv3.layers.linear import Linear
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import RouterOutput
 from lightning_dsv3.ops.attention import Positions
@@ -35,7 +36,7 @@ class MTPModule(nn.Module):
         d = config.hidden_size
         self.embedding_norm = RMSNorm(d, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
-        self.projection = nn.Linear(2 * d, d, bias=False)
+        self.projection = Linear(2 * d, d)
         self.block = TransformerBlock(config, dense=False)
         self.norm = RMSNorm(d, config.rms_norm_eps)
 

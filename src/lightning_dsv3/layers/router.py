@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
+from lightning_dsv3.ops.linear import linear
 from lightning_dsv3.ops.routing import affinity, choose_experts, gate_values
 
 
@@ -63,7 +63,7 @@ class Router(nn.Module):
             Gate values, chosen experts and affinities; see :class:`RouterOutput`.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = linear(x_TD.float(), self.weight.float())
             s_TE = affinity(logits_TE, self.scoring_func)
             with torch.no_grad():
                 expert_TK = choose_experts(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsv3.ops.dispatch import DispatchPlan, combine, grouped_matmul, permute
+from lightning_dsv3.ops.linear import FEW_ROWS, few_rows_matmul
 from lightning_dsv3.ops.swiglu import swiglu
 
 # Rows of a block, unless one expert has more. A block's widest operand is then 2 MB per 256 columns of float32.
@@ -69,17 +70,18 @@ def _experts_in_blocks(
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD))
     z_NG = x_TD.new_empty(token_N.shape[0], gate_up_EGD.shape[1])
     gate_ups, downs = blocks.matrices(gate_up_EGD), blocks.matrices(down_EDF)
+    multiply = _multiply_few if x_TD.shape[0] <= FEW_ROWS and x_TD.dtype == torch.float32 else torch.mm
     for pairs, experts in blocks:
         tokens_n, z_nG = token_N[pairs], z_NG[pairs]
         x_nD, y_nD, h_nF = blocks.rows("x"), blocks.rows("y"), blocks.rows("h", wide=False)
         torch.index_select(x_TD, 0, tokens_n, out=x_nD)
         for expert, rows in experts:
-            torch.mm(x_nD[rows], gate_ups[expert], out=z_nG[rows])
+            multiply(x_nD[rows], gate_ups[expert], out=z_nG[rows])
         gate_nF, up_nF = z_nG.chunk(2, dim=-1)
         torch.ops.aten.silu.out(gate_nF, out=h_nF)
         h_nF.mul_(up_nF).mul_(gate_N[pairs].unsqueeze(-1))
         for expert, rows in experts:
-            torch.mm(h_nF[rows], downs[expert], out=y_nD[rows])
+            multiply(h_nF[rows], downs[expert], out=y_nD[rows])
         y_TD.index_add_(0, tokens_n, y_nD.to(y_TD.dtype))
     return y_TD.to(x_TD.dtype), z_NG
 
@@ -164,6 +166,10 @@ def _backward(ctx, grad_TD, _):  # type: ignore[no-untyped-def]
 
 
 _experts_in_blocks.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _multiply_few(x_nD: Tensor, weight_DF: Tensor, *, out: Tensor) -> None:
+    out.copy_(few_rows_matmul(x_nD, weight_DF.mT))
 
 
 class _Blocks:

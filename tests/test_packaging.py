@@ -34,7 +34,7 @@ print(json.dumps({"home": lightning_dsv3.__path__[0], "modules": sorted(names), 
 def files_of_the_package() -> set[str]:
     """What an installed package must hold, as paths below the installation folder."""
     folders = {"": PACKAGE, "callbacks": ROOT / "callbacks", "configs": ROOT / "configs"}
-    found = set()
+    found = {"lightning_dsv3_lm_eval_hook.py", "lightning_dsv3_lm_eval_hook.pth"}
     for name, folder in folders.items():
         for path in folder.rglob("*"):
             relative = path.relative_to(folder)
@@ -77,7 +77,7 @@ def check_imported(report: dict) -> None:
     expected = {
         path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in files_of_the_package()
-        if path.endswith(".py")
+        if path.endswith(".py") and path.startswith("lightning_dsv3/")
     } - {"lightning_dsv3"}
     assert set(report["modules"]) == expected
     assert report["sizes"]["671b"] == 671_026_419_200
@@ -96,12 +96,17 @@ def test_wheel_holds_each_file_once_and_imports(origin, tree_wheel, request, new
     assert Path(report["home"]).is_relative_to(environment.site_packages)
 
 
-def test_editable_install_imports_the_tree(tmp_path, new_environment):
+def test_editable_install_imports_the_tree_and_has_the_hook(tmp_path, new_environment):
     folder = tmp_path / "editable"
     folder.mkdir()
-    report = import_everything(new_environment(), build_editable(folder))
+    environment = new_environment()
+    report = import_everything(environment, build_editable(folder))
     check_imported(report)
     assert Path(report["home"]) == PACKAGE
+
+    program = "import sys; hook = sys.modules['lightning_dsv3_lm_eval_hook']; print(hook.__file__, hook.tasks_folder())"
+    result = environment.run(environment.python, "-c", program)
+    assert result.stdout.split() == [f"{PACKAGE}_lm_eval_hook.py", str(PACKAGE / "evaluation" / "tasks")], result.stderr
 
 
 def test_source_distribution_holds_what_the_wheel_needs(source_distribution):
@@ -122,6 +127,9 @@ def test_metadata_declares_the_command_the_marker_and_the_licence(tree_wheel):
     commands = archive.read(text["entry_points.txt"]).decode()
     assert "lightning = lightning_dsv3.cli.launcher:main" in commands
     assert "dsv3 = lightning_dsv3.cli.dsv3:main" in commands
+    assert "[lm_eval.models]\ndsv3 = lightning_dsv3.evaluation.lm:DSV3LM\n" in commands
+    assert "[lm_eval.tasks]\ndsv3 = lightning_dsv3.evaluation.tasks" in commands
+    assert re.search(r"^Requires-Dist: lm-eval\[hf\].*; extra == 'eval'$", metadata, re.M)
     assert "LICENSE" in text
 
 

@@ -73,9 +73,9 @@ def evaluate(words: Sequence[str]) -> int:
     if options.data is not None:
         os.environ["LIGHTNING_DSV3_DATA"] = str(options.data)
     if options.list or options.check_data or options.contamination is not None:
-        from lightning_dsv3.cli import benchmarks
+        from lightning_dsv3.cli.benchmark_report import tell
 
-        return benchmarks.tell(options)
+        return tell(options)
     return _Evaluation(options).run()
 
 

@@ -87,9 +87,7 @@ def _check_data(names: Sequence[str]) -> int:
 
 def _contamination(options: argparse.Namespace, names: Sequence[str]) -> int:
     if data.data_folder() is None and options.tasks is None:
-        raise ConfigError(
-            "--contamination: would fetch every benchmark; give --data FOLDER, or some of them as --tasks"
-        )
+        raise ConfigError("--contamination: would fetch every benchmark; give --data FOLDER, or name some in --tasks")
     at_hand = [name for name in names if data.found(name)]
     if missing := [name for name in names if name not in at_hand]:
         if options.tasks is not None or not at_hand:

@@ -19,6 +19,7 @@ from lightning_dsv3.data.readers import SourceError, quiet_parsing
 from lightning_dsv3.data.text_sources import configured_sources
 from lightning_dsv3.evaluation import data
 from lightning_dsv3.evaluation.contamination import Overlap, Record, find_overlaps
+from lightning_dsv3.evaluation.groups import GROUPS, task_name
 
 _KINDS = ("jsonl", "parquet", "text", "hf")
 _ENDINGS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
@@ -41,28 +42,40 @@ def tell(options: argparse.Namespace) -> int:
 
 
 def _names(tasks: str | None) -> list[str]:
-    """Return the benchmarks that are meant, with or without ``dsv3_`` before their names; all if none is named."""
+    """Return the benchmarks that tasks, groups or patterns of either mean; all where none is named.
+
+    >>> _names("dsv3_c3,gsm8k,dsv3_hendrycks_*")
+    ['c3', 'gsm8k', 'math']
+    """
     if tasks is None:
         return list(data.BENCHMARKS)
+    meant: dict[str, list[str]] = {name: [name] for name in data.BENCHMARKS}
+    meant |= {task_name(name): [name] for name in data.BENCHMARKS}
+    meant |= {group: [_benchmark_of(leaf) for leaf in leaves] for group, leaves in GROUPS.items()}
     names: dict[str, None] = {}
-    for word in filter(None, (word.strip().removeprefix("dsv3_") for word in tasks.split(","))):
-        matches = [name for name in data.BENCHMARKS if fnmatchcase(name, word)]
+    for word in filter(None, (word.strip() for word in tasks.split(","))):
+        matches = [name for name in meant if fnmatchcase(name, word)]
         if not matches:
-            raise ConfigError(f"--tasks {word}: there is no such benchmark; {did_you_mean(word, data.BENCHMARKS)}")
-        names |= dict.fromkeys(matches)
+            raise ConfigError(f"--tasks {word}: there is no such benchmark; {did_you_mean(word, meant)}")
+        names |= dict.fromkeys(benchmark for name in matches for benchmark in meant[name])
     if not names:
         raise ConfigError("--tasks: names no benchmark; leave it out for all")
     return list(names)
 
 
+def _benchmark_of(leaf: str) -> str:
+    """Return the benchmark that a task of a group belongs to: itself, or the one of which it is a language."""
+    return leaf if leaf in data.BENCHMARKS else leaf.partition("_")[0]
+
+
 def _list(names: Sequence[str]) -> int:
-    wanted = {f"dsv3_{name}" for name in names}
+    wanted = {f"dsv3_{name}": task_name(name) for name in names}
     rows = [["task", "benchmark", "method", "shots", "metric", "found", "data", "licence"]]
     for row in data.list_benchmarks():
         if row["name"] in wanted:
             found = {True: "yes", False: "no"}.get(row["found"], row["found"])
-            keys = ("name", "title", "method", "shots", "metric")
-            rows.append([*(str(row[key]) for key in keys), found, row["source"], row["licence"]])
+            known = [str(row[key]) for key in ("title", "method", "shots", "metric")]
+            rows.append([wanted[row["name"]], *known, found, row["source"], row["licence"]])
     print(table(rows, left=(0, 1, 2, 4, 5, 6, 7)))
     if data.data_folder() is None:
         print("\nfound: on the hub, unless it is switched off; for files, --data FOLDER or LIGHTNING_DSV3_DATA")
@@ -75,7 +88,7 @@ def _check_data(names: Sequence[str]) -> int:
         for name in bar:
             bar.set_postfix_str(name)
             for checked in data.check_data([name]):
-                rows.append([f"dsv3_{name}", f"{checked.records:,}", f"{len(checked.problems):,}"])
+                rows.append([task_name(name), f"{checked.records:,}", f"{len(checked.problems):,}"])
                 problems += checked.problems
     if len(rows) == 1:
         raise ConfigError("--check-data: no data at hand; name their folder in --data or LIGHTNING_DSV3_DATA")
@@ -92,7 +105,7 @@ def _contamination(options: argparse.Namespace, names: Sequence[str]) -> int:
     if missing := [name for name in names if name not in at_hand]:
         if options.tasks is not None or not at_hand:
             raise ConfigError(f"--contamination: {data.coverage(missing[0]).missing}")
-        print(f"dsv3: no data of {', '.join(f'dsv3_{name}' for name in missing)}", file=sys.stderr)
+        print(f"dsv3: no data of {', '.join(map(task_name, missing))}", file=sys.stderr)
     sources = _sources(options.contamination, options.field)
     overlaps = find_overlaps(
         {name: _records(name) for name in at_hand}, lambda: _documents(sources), length=options.ngram
@@ -104,13 +117,13 @@ def _contamination(options: argparse.Namespace, names: Sequence[str]) -> int:
     for name, overlap in overlaps.items():
         share = f"{overlap.share:.2%}" if overlap.records > overlap.too_short else "-"
         counts = (overlap.records, overlap.too_short, overlap.overlapping)
-        rows.append([f"dsv3_{name}", *(f"{count:,}" for count in counts), share])
+        rows.append([task_name(name), *(f"{count:,}" for count in counts), share])
     print(table(rows, left=(0,)))
     if any(overlap.worst for overlap in overlaps.values()):
         print("\nrecords of which most is in the text (how much of it)")
         for name, overlap in overlaps.items():
             if overlap.worst:
-                print(f"  dsv3_{name}: {_worst(overlap)}")
+                print(f"  {task_name(name)}: {_worst(overlap)}")
     return 0
 
 

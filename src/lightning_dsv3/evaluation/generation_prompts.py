@@ -95,15 +95,14 @@ AGIEVAL_CHINESE = frozenset(name for name, line in AGIEVAL_INTRODUCTIONS.items()
 _ENGLISH_PROMPT = frozenset(AGIEVAL_INTRODUCTIONS) - AGIEVAL_CHINESE | {"gaokao-english"}
 
 
-def agieval(subset: str, question: str, options: Sequence[str], passage: str, answer: str) -> Turn:
-    """AGIEval: an introductory line and the official zero-shot prompt (table 12).
+def agieval_query(subset: str, question: str, options: Sequence[str], passage: str) -> str:
+    """AGIEval's official zero-shot prompt.
 
     Args:
         subset: Name of the exam.
         question: The question.
         options: Options that begin with ``(A)``, ...; none where the answer is written out.
         passage: The text that the question is about, or ''.
-        answer: Letters, or the written answer.
     """
     english = subset in _ENGLISH_PROMPT
     opening, closing = ("Q: ", "A: The answer is") if english else ("问题：", "答案：")
@@ -112,11 +111,17 @@ def agieval(subset: str, question: str, options: Sequence[str], passage: str, an
         last = "ABCDEFG"[len(options) - 1]
         text += (" Answer Choices: " if english else " 选项：") + " ".join(options)
         closing = f"A: Among A through {last}, the answer is" if english else f"答案：从A到{last}, 我们应选择"
-    return agieval_from_query(subset, f"{text}\n{closing}", answer)
+    return f"{text}\n{closing}"
 
 
-def agieval_from_query(subset: str, query: str, answer: str) -> Turn:
-    """AGIEval where a record holds the official zero-shot prompt ready-made."""
+def agieval(subset: str, query: str, answer: str) -> Turn:
+    """AGIEval: an introductory line and the official zero-shot prompt (table 12).
+
+    Args:
+        subset: Name of the exam.
+        query: The official prompt.
+        answer: Letters, or the written answer.
+    """
     space = " " if subset in _ENGLISH_PROMPT else ""
     return Turn(f"{AGIEVAL_INTRODUCTIONS[subset]}\n{query}", space + answer)
 

@@ -108,9 +108,12 @@ def load_subsets(benchmark: str, split: str = "test", subsets: Sequence[str] | N
     if subsets is None:
         state = coverage(benchmark)
         if not state.present:
-            raise MissingDataError(_absence(benchmark, part, known[0]))
+            raise _missing(benchmark, part, known[0])
         if state.absent:
-            _log.warning("%s: of %d subsets, %s are absent", benchmark, len(known), ", ".join(state.absent))
+            _log.warning(
+                "dsv3_%s: %d of %d subsets are absent, its score is partial: %s",
+                *(benchmark, len(state.absent), len(known), ", ".join(state.absent)),
+            )
         subsets = state.present
     loaded: dict[str, list[Record]] = {subset: [] for subset in subsets}
     if data_folder() is None and part.hub.column:
@@ -193,7 +196,7 @@ def _origins(benchmark: str, part: Split, subset: str) -> list[_Origin]:
         return [_Origin(f"{part.hub.path} {subset}".strip(), _hub_rows(benchmark, part.hub, subset), part, subset)]
     files = _files(benchmark, part, subset)
     if not files:
-        raise MissingDataError(_absence(benchmark, part, subset))
+        raise _missing(benchmark, part, subset)
     read = [(path, _with_labels(benchmark, part, path, read_rows(path))) for path in files]
     _refuse_twins(read)
     entry = BENCHMARKS[benchmark]
@@ -206,7 +209,7 @@ def _origins(benchmark: str, part: Split, subset: str) -> list[_Origin]:
     return [_Origin(str(path), rows, part, subset) for path, rows in read]
 
 
-def _choose(path: Path, rows: Sequence[Raw], chosen: Sequence[int]) -> Sequence[Raw]:
+def _choose(path: Path, rows: list[Raw], chosen: Sequence[int]) -> list[Raw]:
     """Take rows of a whole split; a file may also hold these and no others."""
     if len(rows) == len(chosen):
         return rows
@@ -266,9 +269,11 @@ def _all_stems(benchmark: str, part: Split) -> list[str]:
 
 def _absence(benchmark: str, part: Split, subset: str) -> str:
     stems = [" or ".join(f"{stem}*" for stem in found) for found in _stems(benchmark, part, subset)]
-    return (
-        f"dsv3_{benchmark}: no file {_folder(benchmark, part)}/{', '.join(stems)}; see {VARIABLE} in docs/evaluation.md"
-    )
+    return f"no file {', '.join(stems)} in {_folder(benchmark, part)} ({VARIABLE})"
+
+
+def _missing(benchmark: str, part: Split, subset: str) -> MissingDataError:
+    return MissingDataError(f"dsv3_{benchmark}: {_absence(benchmark, part, subset)}")
 
 
 # The hub

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 Raw = dict[str, Any]
 
@@ -65,15 +65,15 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]  # a GzipFile is one
+        return cast("IO[bytes]", gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
         try:
             import zstandard
         except ImportError as error:
             raise DataError(f"{path}: needs zstandard; pip install 'lightning-dsv3[eval]'") from error
-        return zstandard.open(path, "rb")
+        return cast("IO[bytes]", zstandard.open(path, "rb"))
     return path.open("rb")
 
 

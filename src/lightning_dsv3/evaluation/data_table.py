@@ -126,7 +126,7 @@ _CCPM = "https://raw.githubusercontent.com/THUNLP-AIPoet/CCPM/HEAD/valid.jsonl"
 _LCB = "hf://datasets/livecodebench/code_generation_lite"
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "pile": Benchmark(
+    "pile_test": Benchmark(
         "Pile-test",
         "bits per byte",
         "bits_per_byte",

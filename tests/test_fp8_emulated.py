@@ -11,6 +11,8 @@ from fp8_reference import restored_by_loop
 from tiny_model import tiny_model
 from torch import Tensor, nn
 
+from lightning_dsv3.config import ConfigError
+from lightning_dsv3.inference import generate
 from lightning_dsv3.layers.experts import Experts
 from lightning_dsv3.layers.fp8 import FP8_CLASS_OF, FP8Experts, FP8Linear, FP8TorchLinear
 from lightning_dsv3.layers.linear import Linear
@@ -18,7 +20,11 @@ from lightning_dsv3.ops import fp8 as fp8_ops
 from lightning_dsv3.ops.dispatch import plan_dispatch
 from lightning_dsv3.ops.experts import routed_experts
 from lightning_dsv3.ops.fp8 import fp8_experts, fp8_linear
+from lightning_dsv3.parallel import checkpoint_blocks
+from lightning_dsv3.parallel.fp8 import convert_from_fp8, convert_to_fp8, is_fp8
 
+# tiny_model's widths that are no multiples of 16, made so.
+FITTING = {"q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 ROW, SQUARE, COLUMN = (1, 128), (128, 128), (128, 1)
 POW2 = pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax/448"])
 
@@ -241,3 +247,156 @@ def test_a_model_of_fp8_layers_stays_near_the_plain_one():
             module.__class__ = FP8_CLASS_OF[type(module)]
     rounded = model(ids).logits
     assert 1e-3 < (rounded - plain).norm() / plain.norm() < 0.2
+
+
+class TestConversion:
+    EVERY_BLOCK = ("attention.q.down", "attention.q.up", "attention.kv_down", "attention.kv_up", "attention.output")
+
+    def test_what_the_report_computes_in_fp8_is_converted_and_nothing_else(self):
+        model = tiny_model(**FITTING)
+        conversion = convert_to_fp8(model)
+        expected = set()
+        for block in ("blocks.0", "blocks.1", "blocks.2", "mtp.0.block"):
+            expected |= {f"{block}.{name}" for name in self.EVERY_BLOCK}
+            networks = [""] if block == "blocks.0" else [".shared"]
+            expected |= {f"{block}.feed_forward{n}.{name}" for n in networks for name in ("gate_up", "down")}
+            expected |= {f"{block}.feed_forward.experts"} if block != "blocks.0" else set()
+        assert set(conversion.converted) == expected
+        assert {name for name, module in model.named_modules() if is_fp8(module)} == expected
+        assert dict(conversion.kept) == {"head": "output head", "mtp.0.projection": "projection of an MTP module"}
+
+    def test_a_query_without_compression(self):
+        assert "blocks.0.attention.q" in convert_to_fp8(tiny_model(**{**FITTING, "q_lora_rank": None})).converted
+
+    def test_names_shapes_and_values_stay_so_that_a_checkpoint_goes_both_ways(self):
+        plain, model = tiny_model(), tiny_model(seed=1)
+        convert_to_fp8(model)
+        state = plain.state_dict()
+        assert [(n, t.shape, t.dtype) for n, t in model.state_dict().items()] == [
+            (n, t.shape, t.dtype) for n, t in state.items()
+        ]
+        model.load_state_dict(state)
+        ids = torch.randint(0, 64, (2, 9))
+        assert not torch.equal(model(ids).logits, plain(ids).logits)
+        other = tiny_model(seed=2)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(ids).logits, plain(ids).logits)
+        assert torch.equal(convert_from_fp8(model)(ids).logits, plain(ids).logits)
+        assert not any(map(is_fp8, model.modules()))
+        assert not any("pow2_scales" in vars(module) for module in model.modules())
+
+    def test_widths_that_do_not_fit_stay_and_are_named(self):
+        conversion = convert_to_fp8(tiny_model(qk_rope_head_dim=4, moe_intermediate_size=24))
+        assert conversion.kept["blocks.0.attention.kv_down"] == "width 20 is no multiple of 16"
+        assert conversion.kept["blocks.1.feed_forward.experts"] == "width 24 is no multiple of 16"
+        assert "blocks.*.attention.kv_down (3): width 20 is no multiple of 16" in conversion.summary()
+        assert "blocks.*.attention.output" not in conversion.summary().partition("as they are")[0]
+
+    def test_patterns_choose(self):
+        model = tiny_model(**FITTING)
+        conversion = convert_to_fp8(model, include=["blocks.*"], exclude=["*.attention.*"])
+        assert {name.split(".")[2] for name in conversion.converted} == {"feed_forward"}
+        assert conversion.kept["blocks.1.attention.kv_up"] == "excluded"
+        assert conversion.kept["mtp.0.block.attention.kv_up"] == "excluded"
+        assert conversion.kept["mtp.0.block.feed_forward.experts"] == "not included"
+
+    def test_converting_twice_is_converting_once(self):
+        model = tiny_model(**FITTING)
+        first = convert_to_fp8(model)
+        assert convert_to_fp8(model) == first
+        assert convert_to_fp8(model, pow2_scales=False).pow2_scales is False
+        assert model.blocks[0].attention.output.pow2_scales is False
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"backend": "te"}, "backend='te' of FP8: known names: emulate"),
+            ({"backend": "emulated"}, "did you mean 'emulate'"),
+            (
+                {"include": ["layers.*"]},
+                r"include='layers.\*' of FP8: matches no linear map or experts.*blocks.0.atten",
+            ),
+            ({"include": ["blocks.*", "head"]}, r"include='head' of FP8: head stays as it is \(output head\)"),
+            ({"include": ["mtp.*.projection"]}, "mtp.0.projection stays as it is"),
+            ({"exclude": ["blocks.7.*"]}, r"exclude='blocks.7.\*'"),
+            ({"exclude": "blocks.*"}, r"exclude='blocks.\*' of FP8: give a list"),
+            ({"exclude": ["blocks.*", "mtp.*"]}, "nothing in DeepSeekV3 can be converted.*excluded"),
+        ],
+    )
+    def test_what_cannot_be_done_is_one_error_and_changes_nothing(self, arguments, message):
+        model = tiny_model(**FITTING)
+        with pytest.raises(ConfigError, match=message):
+            convert_to_fp8(model, **arguments)
+        assert not any(map(is_fp8, model.modules()))
+
+    def test_tied_weights_are_those_of_the_head(self):
+        conversion = convert_to_fp8(tiny_model(tie_word_embeddings=True, **FITTING))
+        assert conversion.kept["head"] == "output head"
+
+    def test_a_hugging_face_model(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.Qwen2MoeConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+            shared_expert_intermediate_size=20, num_attention_heads=2, num_key_value_heads=2, num_experts=4,
+            num_experts_per_tok=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.Qwen2MoeForCausalLM(config)
+        ids = torch.randint(0, 64, (2, 9))
+        plain = model(ids, labels=ids).loss
+        names = list(model.state_dict())
+        conversion = convert_to_fp8(model)
+        layer = "model.layers.1"
+        attention = {f"{layer}.self_attn.{name}_proj" for name in "qkvo"}
+        assert {name for name in conversion.converted if name.startswith(layer)} == attention
+        kept = {name: conversion.kept[f"{layer}.mlp.{name}"] for name in ("experts", "shared_expert_gate")}
+        assert kept == {
+            "experts": "a Qwen2MoeExperts is neither torch.nn.Linear nor our Experts",
+            "shared_expert_gate": "router",
+        }
+        assert conversion.kept[f"{layer}.mlp.shared_expert.up_proj"] == "width 20 is no multiple of 16"
+        assert conversion.kept["lm_head"] == "output head"
+        loss = model(ids, labels=ids).loss
+        assert 0 < (loss - plain).abs() < 0.05 * plain
+        loss.backward()  # queries, keys and values have biases
+        projection = model.model.layers[1].self_attn.q_proj
+        assert projection.bias.grad.abs().max() > 0
+        assert projection.weight.grad.abs().max() > 0
+        assert list(model.state_dict()) == names
+
+    def test_generation_reads_the_plain_weight_where_it_decodes(self):
+        model = tiny_model(**FITTING)
+        convert_to_fp8(model)
+        prompt = torch.randint(0, 64, (2, 6))
+        ids = generate(model, prompt, max_new_tokens=8)
+        assert ids.shape == (2, 14)
+        assert (ids[:, :6] == prompt).all()
+        # Decoding absorbs kv_up, in its own precision: with plain weights of kv_up, the whole is the same.
+        convert_from_fp8(model)
+        convert_to_fp8(model, exclude=["*.kv_up"])
+        first = model(ids[:, :-1]).logits[:, 5:].argmax(dim=-1)
+        assert (first == ids[:, 6:]).float().mean() > 0.8
+
+    @pytest.mark.parametrize("policy", ["block", "keep_routing"])
+    def test_recomputed_activations_give_the_same_gradients(self, policy):
+        ids = torch.randint(0, 64, (2, 30))
+        gradients = []
+        for chosen in ("none", policy):
+            model = checkpoint_blocks(tiny_model(**FITTING), chosen)
+            convert_to_fp8(model)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids, labels=ids).loss
+            loss.backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.equal(gradient, gradients[1][name]), name
+
+    def test_a_block_traces_without_a_break(self):
+        model = tiny_model(**FITTING)
+        convert_to_fp8(model)
+        ids = torch.randint(0, 64, (2, 9))
+        plain = model(ids).logits
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(model(ids).logits, plain)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from difflib import get_close_matches
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,13 +71,29 @@ def evaluate(words: Sequence[str]) -> int:
         return 0
     options = parser.parse_args(words)
     _check(options)
-    if options.data is not None:
-        os.environ["LIGHTNING_DSV3_DATA"] = str(options.data)
-    if options.list or options.check_data or options.contamination is not None:
-        from lightning_dsv3.cli.benchmark_report import tell
+    with _environment(options.data):
+        if options.list or options.check_data or options.contamination is not None:
+            from lightning_dsv3.cli.benchmark_report import tell
 
-        return tell(options)
-    return _Evaluation(options).run()
+            return tell(options)
+        return _Evaluation(options).run()
+
+
+@contextmanager
+def _environment(data: Path | None) -> Iterator[None]:
+    """Say to those who read it in the environment where data are, and as lm-eval does that tokenizers take one core."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    if data is not None:
+        wanted["LIGHTNING_DSV3_DATA"] = str(data)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,18 +187,18 @@ class _Evaluation:
 
     def run(self) -> int:
         """Evaluate, print, and write what is asked for; return the exit code."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         from lm_eval.utils import make_table, setup_logging
 
         setup_logging(logging.WARNING)
         logging.getLogger("lm_eval.api.task").addFilter(_is_news)
-        names = self._names()
+        index = self._index()
+        names = self._names(index)
         lm: LM | None = None
         draws: list[dict[str, Any]] = []
         for number in range(self._options.fewshot_seeds or 1):
             seed = number if self._options.fewshot_seeds else None
             # Before the model, which may take minutes to load.
-            manager = self._manager(seed)
+            manager = index if seed is None else self._manager(seed)
             with _one_error():
                 tasks = self._loaded(manager, names)
                 lm = lm or self._model()
@@ -204,23 +221,34 @@ class _Evaluation:
         metadata = self._arguments | ({} if seed is None else {"fewshot_seed": seed})
         return TaskManager(include_path=self._include, include_defaults=self._with_defaults, metadata=metadata)
 
-    def _names(self) -> list[str]:
+    def _index(self) -> TaskManager:
         manager = self._manager()
         # To read all tasks of lm-eval takes seconds, and few runs need any.
         if not all(_is_whole(word, manager) for word in self._words):
             self._with_defaults = True
             manager = self._manager()
+        return manager
+
+    def _names(self, manager: TaskManager) -> list[str]:
         names: dict[str, None] = {}
         for word in self._words:
             matches = manager.match_tasks([word])
             if not matches:
-                raise ConfigError(f"--tasks {word}: there is no such task; {did_you_mean(word, manager.all_tasks)}")
+                # Of thousands of names a list would help nobody.
+                close = get_close_matches(word, manager.all_tasks, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "dsv3 eval --list shows ours, lm_eval ls tasks all"
+                raise ConfigError(f"--tasks {word}: there is no such task; {hint}")
             names |= dict.fromkeys(matches)
         return list(names)
 
     def _loaded(self, manager: TaskManager, names: Sequence[str]) -> list[Any]:
         """Load the tasks' data; return what stands for the names: groups, and the tasks of tags one by one."""
-        loaded = manager.load(list(names))
+        try:
+            loaded = manager.load(list(names))
+        except ValueError as error:
+            if "Duplicate task" not in str(error):
+                raise
+            raise ConfigError(f"--tasks: {error}; leave one of them out") from error
         groups, tasks = loaded.get("groups", {}), loaded["tasks"]
         if not self._options.confirm_run_unsafe_code:
             for name, task in tasks.items():
@@ -344,10 +372,9 @@ def _model_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "speculative": options.speculative or None,
     }
     arguments = {name: value for name, value in given.items() if value is not None}
-    try:
-        further = simple_parse_args_string(options.model_args)
-    except (IndexError, ValueError) as error:
-        raise ConfigError(f"--model-args {options.model_args}: must be name=value, with commas between") from error
+    if any("=" not in word for word in options.model_args.split(",") if word):
+        raise ConfigError(f"--model-args {options.model_args}: must be name=value, with commas between")
+    further = simple_parse_args_string(options.model_args)
     if twice := sorted(set(arguments) & set(further)):
         raise ConfigError(f"--model-args {twice[0]}=...: an option of its own gives it as well; leave one out")
     return arguments | further
@@ -355,9 +382,10 @@ def _model_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _is_whole(word: str, manager: TaskManager) -> bool:
     """Tell whether an index without lm-eval's tasks has all that a word stands for."""
-    if any(sign in word for sign in "*?[") and not word.startswith("dsv3_"):
+    names = manager.match_tasks([word])
+    if not word.startswith("dsv3_") and (not names or any(sign in word for sign in "*?[")):
         return False
-    return all(_members_are_there(name, manager.task_index) for name in manager.match_tasks([word]) or [word])
+    return all(_members_are_there(name, manager.task_index) for name in names)
 
 
 def _members_are_there(member: object, index: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The README keeps its word: its Python runs, its commands exist, its links lead somewhere.
+"""The README and the pages of docs/ keep their word: their Python runs, their commands exist, links lead somewhere.
 
 A comment right above a block says what the page itself should not show:
 
@@ -27,6 +27,8 @@ from lightning_dsv3.cli.launch_options import parse_launch_options
 from lightning_dsv3.config import load_run_config
 
 README = ROOT / "README.md"
+# The blocks of docs/balance.md need a model around them: tests/test_balance_loops.py runs them.
+PAGES = [README, ROOT / "docs" / "inference.md", ROOT / "docs" / "evaluation.md"]
 BLOCK = re.compile(
     r"(?:^<!-- test: (?P<mark>.*?)-->[ \t]*\n\s*)?"
     r"^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ \t]*$",
@@ -45,21 +47,22 @@ class Block:
     language: str
     code: str
     before: str = ""
+    page: str = "README.md"
 
     def __str__(self) -> str:
-        return f"{self.language or 'plain'}-line{self.line}"
+        return f"{self.page}-{self.language or 'plain'}-line{self.line}"
 
 
-def read_blocks(text: str) -> list[Block]:
+def read_blocks(text: str, page: str = "README.md") -> list[Block]:
     blocks = []
     for match in BLOCK.finditer(text):
         mark = (match["mark"] or "").strip()
         before = re.fullmatch(r"before\n(.*)", mark, re.S)
         if mark and not before:
-            raise ValueError(f"README.md: unknown mark <!-- test: {mark} -->")
+            raise ValueError(f"{page}: unknown mark <!-- test: {mark} -->")
         line = text.count("\n", 0, match.start("fence")) + 1
         language = match["language"].strip()
-        blocks.append(Block(line, language, match["code"], before[1] if before else ""))
+        blocks.append(Block(line, language, match["code"], before[1] if before else "", page))
     return blocks
 
 
@@ -103,11 +106,25 @@ def check_command(words: list[str]) -> None:
     elif program == "dsv3":
         assert words[1] in dsv3.COMMANDS, f"there is no command dsv3 {words[1]}"
         load_run_config([word for word in words[2:] if "=" in word])
+    elif program == "lm_eval":
+        check_lm_eval(words[1:])
     elif program == "make":
         targets = [word for word in words[1:] if "=" not in word]
         assert set(targets) <= make_targets(), f"the Makefile has no {targets}"
     elif program not in FOREIGN | {"pytest"}:
         raise AssertionError(f"a command that no check knows: {' '.join(words)}")
+
+
+def check_lm_eval(words: list[str]) -> None:
+    options = dict(zip(words, words[1:], strict=False))
+    known = {
+        name
+        for path in (ROOT / "src" / "lightning_dsv3" / "evaluation" / "tasks").rglob("*.yaml")
+        for name in re.findall(r"^(?:task|group): *(\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    if "--model" in options:
+        assert options["--model"] == "dsv3"
+        assert set(options["--tasks"].split(",")) <= known, f"not all of {options['--tasks']} are tasks"
 
 
 def check_lightning(words: list[str]) -> None:
@@ -119,7 +136,7 @@ def check_lightning(words: list[str]) -> None:
         load_run_config(options.script_arguments)
 
 
-BLOCKS = read_blocks(README.read_text(encoding="utf-8")) if README.exists() else []
+BLOCKS = [block for page in PAGES for block in read_blocks(page.read_text(encoding="utf-8"), page.name)]
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
@@ -128,7 +145,7 @@ def test_python_block_runs(block, tmp_path):
     environ = os.environ | {"LIGHTNING_DSV3_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "block.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, f"README.md line {block.line}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    assert result.returncode == 0, f"{block.page} line {block.line}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in SHELLS], ids=str)
@@ -150,10 +167,11 @@ def test_the_page_shows_python_and_both_commands():
     assert any(block.language == "python" for block in BLOCKS)
 
 
-def test_links_and_pictures_lead_to_files_of_the_project():
-    targets = re.findall(r"\]\(([^)\s]+)\)", README.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "balance.md"], ids=lambda page: page.name)
+def test_links_and_pictures_lead_to_files_of_the_project(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     local = [target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")]
-    assert [target for target in local if not (ROOT / target).exists()] == []
+    assert [target for target in local if not (page.parent / target).exists()] == []
 
 
 class TestThisTest:

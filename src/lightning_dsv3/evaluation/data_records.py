@@ -165,12 +165,10 @@ def mmlu_redux(row: Row) -> Iterator[Record]:
 
 
 def _corrected(answer: Any, choices: list[str]) -> int | None:
-    """The option that an annotator named, by its number, letter or text; None for anything else."""
-    if answer in choices:
-        return choices.index(answer)
+    """The option that an annotator named, by its number, letter or text (in this order); None for anything else."""
     answer = str(answer).strip()
-    for names in ("0123", "ABCD"):
-        if answer in tuple(names):
+    for names in (["0", "1", "2", "3"], ["A", "B", "C", "D"], choices):
+        if answer in names:
             return names.index(answer)
     return None
 

@@ -21,8 +21,8 @@ from lightning_dsv3.evaluation.data import BENCHMARKS, coverage, used_files
 class RecordShots(ContextSampler):
     """The first shots of the tested record's ``group`` (subject, article), never the record itself.
 
-    A pool's documents have ``group`` and ``id``; the ``id`` of one that is also tested is that of the tested one. Where
-    a pool has ``before``, only those shots count that stand before the tested record: there may be fewer than asked for.
+    A pool's documents have ``group`` and ``id``; the ``id`` of one that is also tested is that of the tested one. For a
+    tested record with ``before`` only those shots count that stand before it: there may be fewer than asked for.
     """
 
     document: Mapping[str, Any]
@@ -35,7 +35,7 @@ class RecordShots(ContextSampler):
         """
         group, number = self.document["group"], self.document["id"]
         pool = [shot for shot in self._groups().get(group, ()) if shot["id"] != number]
-        if pool and pool[0]["before"]:
+        if self.document["before"]:
             return [shot for shot in pool if shot["id"] < number][:n]
         if n > len(pool):
             raise ValueError(

@@ -337,6 +337,52 @@ def plot_drift(
     save_figure(figure, path)
 
 
+def plot_benchmarks(
+    scores: Mapping[str, Mapping[str, tuple[float, float | None]]],
+    panels: Mapping[str, Sequence[str]],
+    results: Sequence[str],
+    path: Path,
+) -> None:
+    """Draw scores by benchmark: published models as open marks, results as filled ones with two standard errors.
+
+    Args:
+        scores: Score and its standard error, if known, by column and benchmark.
+        panels: Benchmarks from the top down, by the label of their axis; a panel without any is left out.
+        results: Columns that are results.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {label: benchmarks for label, benchmarks in panels.items() if benchmarks}
+    heights = [len(benchmarks) + 1.5 for benchmarks in shown.values()]
+    figure = Figure(figsize=(9, 1.2 + 0.26 * sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    marks = {name: "osD^vP*X<>"[number % 10] for number, name in enumerate(scores)}
+    for axes, (label, benchmarks) in zip(all_axes, shown.items(), strict=True):
+        for number, (name, column) in enumerate(scores.items()):
+            places = [place for place, benchmark in enumerate(benchmarks) if benchmark in column]
+            of_column = [column[benchmarks[place]] for place in places]
+            colour, filled = f"C{number % 10}", name in results
+            axes.errorbar(
+                [value for value, _ in of_column],
+                # Results that agree would hide each other.
+                [place + (0.12 * (results.index(name) + 1) if filled else 0) for place in places],
+                xerr=[2 * (stderr or 0) for _, stderr in of_column] if filled else None,
+                linestyle="none",
+                marker=marks[name],
+                markersize=6,
+                color=colour,
+                markerfacecolor=colour if filled else "none",
+                label=name,
+            )
+        axes.set_yticks(range(len(benchmarks)), benchmarks, fontsize=8)
+        axes.set_ylim(len(benchmarks) - 0.4, -0.6)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
     """Write a figure as PNG, complete or not at all; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)

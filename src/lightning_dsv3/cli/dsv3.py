@@ -189,7 +189,11 @@ examples:
 
 
 def report(words: Sequence[str]) -> int:
-    """Write a run's HTML page."""
+    """Write a run's HTML page, or the tables of evaluations."""
+    if words and words[0] == "eval":
+        from lightning_dsv3.cli.eval_report import report as report_evaluations
+
+        return report_evaluations(words[1:])
     parser = _parser(
         "report",
         "Writes a run folder's summary, figures, expert loads and configuration as one HTML page that needs no other\n"
@@ -198,6 +202,8 @@ def report(words: Sequence[str]) -> int:
 examples:
   dsv3 report runs/20261125-101500-tiny
   dsv3 report runs/20261125-101500-tiny --output page.html
+
+"dsv3 report eval A.json [B.json ...]" prints results of evaluations beside the tables of the DeepSeek-V3 report.
 """,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")

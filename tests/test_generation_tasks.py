@@ -405,8 +405,8 @@ def test_answers_in_other_words(loaded, task, record, answer, score):
         ("jec-qa-kd", "AC", "A、C。", 1.0),
         ("jec-qa-kd", "AC", "A", 0.0),
         ("jec-qa-kd", "AC", "ACD", 0.0),
-        ("jec-qa-kd", "B", "AB", 0.0),  # one letter is right, but several might be
-        ("gaokao-physics", "C", "BC", 0.0),
+        ("jec-qa-kd", "B", "BA", 0.0),  # one letter is right, but several might be
+        ("gaokao-physics", "C", "CB", 0.0),
         ("gaokao-biology", "B", "B，因为A错", 1.0),
         ("math", "$\\frac{1}{2}$", " 0.5", 1.0),
     ],

@@ -6,12 +6,20 @@ Everything else of this package serves both. Checkpoints are the same too: each 
 from __future__ import annotations
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins import Precision
 
 from lightning_dsv3 import callbacks
 from lightning_dsv3.data.datamodule import PackedText
 from lightning_dsv3.module import DeepSeekV3Steps
+from lightning_dsv3.precision import FP8BlockSteps
 
-__all__ = ["AuxFreeBalanceCallback", "DeepSeekV3DataModule", "DeepSeekV3Module", "ExpertLoadMonitor"]
+__all__ = [
+    "AuxFreeBalanceCallback",
+    "DeepSeekV3DataModule",
+    "DeepSeekV3Module",
+    "ExpertLoadMonitor",
+    "FP8BlockPrecision",
+]
 
 # Each package declares its hooks with its own types, which mypy holds against what inherits from both.
 
@@ -39,3 +47,13 @@ class AuxFreeBalanceCallback(callbacks.AuxFreeBalanceCallback, pl.Callback):  # 
 
 class ExpertLoadMonitor(callbacks.ExpertLoadMonitor, pl.Callback):  # type: ignore[misc]
     """:class:`lightning_dsv3.callbacks.ExpertLoadMonitor` as a ``pytorch_lightning.Callback``."""
+
+
+class FP8BlockPrecision(FP8BlockSteps, Precision):
+    """:class:`lightning_dsv3.precision.FP8BlockPrecision` as a plugin of ``pytorch_lightning.Trainer``.
+
+    Example:
+        >>> trainer = pl.Trainer(plugins=[FP8BlockPrecision()], accelerator="cpu", logger=False)
+        >>> trainer.precision
+        'fp8-block'
+    """

@@ -32,7 +32,7 @@ class LaunchOptions:
         devices: processes per node: a number, ``auto``, ``-1`` (all), or a list such as ``0,2``.
         accelerator: kind of device; None leaves the choice to Lightning.
         strategy: name of a Trainer strategy; None leaves the choice to the Trainer.
-        precision: a Trainer precision; None leaves the choice to the script.
+        precision: a Trainer precision or fp8-block; None leaves the choice to the script.
         num_nodes: machines that take part.
         node_rank: which of them this one is.
         main_address: address of the machine with node rank 0.

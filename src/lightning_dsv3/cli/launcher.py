@@ -33,7 +33,7 @@ launcher options, before or after the script, with a space or '=':
   --devices N|LIST|auto   processes per machine: a number, a list of devices (0,2), or all (default: 1)
   --accelerator NAME      auto, cpu, gpu, cuda or mps (default: what the machine has)
   --strategy NAME         any strategy of the Trainer: ddp, fsdp, ddp_find_unused_parameters_true, ...
-  --precision NAME        any precision of the Trainer: 32-true, bf16-mixed, bf16-true, 16-mixed, ...
+  --precision NAME        any precision of the Trainer: 32-true, bf16-mixed, bf16-true, ..., or fp8-block
   --num-nodes N           machines that take part (default: 1)
   --node-rank N           which of them this is, from 0; run the same command on each
   --main-address HOST     the machine with node rank 0

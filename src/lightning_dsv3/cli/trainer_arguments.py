@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_dsv3.cli.launch_environment import launcher_trainer_arguments
 from lightning_dsv3.config import ConfigError, did_you_mean
+from lightning_dsv3.precision import FP8_BLOCK, FP8BlockPrecision
 
 # Objects that a configuration cannot spell, and that the script already gives.
 _TAKEN = ("callbacks", "logger", "plugins", "profiler")
@@ -23,7 +24,8 @@ def trainer_arguments(script: Mapping[str, Any], configured: Mapping[str, Any]) 
         configured: ``trainer.*`` of the run's configuration.
 
     Returns:
-        Keyword arguments for ``lightning.Trainer``. What the launcher says (``--devices``, ...) wins over both.
+        Keyword arguments for ``lightning.Trainer``. What the launcher says (``--devices``, ...) wins over both. A
+        precision that the Trainer does not know, ``fp8-block``, is among its plugins.
 
     Raises:
         ConfigError: A name that the Trainer does not have, or one that the script sets by itself.
@@ -39,4 +41,9 @@ def trainer_arguments(script: Mapping[str, Any], configured: Mapping[str, Any]) 
             raise ConfigError(
                 f"trainer.{name}={value!r}: the Trainer has no such argument; {did_you_mean(name, known)}"
             )
-    return {**script, **configured, **launcher_trainer_arguments()}
+    arguments = {**script, **configured, **launcher_trainer_arguments()}
+    if arguments.get("precision") == FP8_BLOCK:
+        del arguments["precision"]
+        plugins = arguments.get("plugins") or []
+        arguments["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FP8BlockPrecision()]
+    return arguments

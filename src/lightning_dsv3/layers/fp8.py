@@ -44,7 +44,7 @@ class FP8Experts(Experts):
     def forward(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """As the plain experts, in autocast's dtype if that is on."""
         plan = plan_dispatch(expert_TK, self.num_experts)
-        x_TD = x_TD.to(_compute_dtype(x_TD))
+        x_TD = x_TD.to(compute_dtype(x_TD))
         return fp8_experts(x_TD, gate_TK, plan, self.gate_up, self.down, self.pow2_scales)
 
 
@@ -58,11 +58,12 @@ FP8_CLASS_OF: dict[type[nn.Module], type[nn.Module]] = {
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, pow2_scales: bool) -> Tensor:
     # Only the activation is rounded to BF16 before its tiles are made: the weight's come from the float32 master.
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     y = fp8_linear(x.to(dtype).reshape(-1, x.shape[-1]), weight, pow2_scales).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that an activation is in before it is rounded to FP8."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

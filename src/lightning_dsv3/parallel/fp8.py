@@ -12,7 +12,6 @@ names, so checkpoints of both kinds fit both.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -52,11 +51,10 @@ class FP8Conversion:
 
     def summary(self) -> str:
         """Return some lines for people; numbered modules of one name are counted together."""
-        kept = Counter((_pattern(name), reason) for name, reason in self.kept.items())
         lines = [f"FP8 products ({self.backend}) in {len(self.converted)} modules:"]
-        lines += [f"  {name}{_times(n)}" for name, n in Counter(map(_pattern, self.converted)).items()]
-        lines += ["as they are:"] * bool(kept)
-        lines += [f"  {name}{_times(n)}: {reason}" for (name, reason), n in kept.items()]
+        lines += _grouped(dict.fromkeys(self.converted, ""))
+        if self.kept:
+            lines += ["as they are:", *_grouped({name: f": {reason}" for name, reason in self.kept.items()})]
         return "\n".join(lines)
 
 
@@ -200,9 +198,13 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def _times(count: int) -> str:
-    return f" ({count})" if count > 1 else ""
+def _grouped(text_of_name: Mapping[str, str]) -> list[str]:
+    """Return a line for each kind of name and text."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, text in text_of_name.items():
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        names.setdefault((pattern, text), []).append(name)
+    return [
+        f"  {pattern} ({len(same)}){text}" if len(same) > 1 else f"  {same[0]}{text}"
+        for (pattern, text), same in names.items()
+    ]

@@ -234,6 +234,12 @@ def measure_decode(arguments: argparse.Namespace) -> dict[str, Any]:
         for batch in arguments.batches
         if {(128, batch), (1024, batch)} <= seconds.keys()
     }
+    for row in rows:
+        if row["ours_generate_seconds"] is not None:
+            print(
+                f"generate, {row['hf_new_tokens']} tokens behind {row['context']}, batch {row['batch']}: "
+                f"{row['ours_generate_seconds']:.2f} s, HF {row['hf_generate_seconds']:.2f} s"
+            )
     if growth:
         print("step at 1k over step at 128: " + ", ".join(f"{key} {value:.2f}" for key, value in growth.items()))
     return {"model": MODEL, "parameters": count.total, "step_at_1k_over_128": growth, "rows": rows}

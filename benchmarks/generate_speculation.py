@@ -62,6 +62,7 @@ def measure_speculation(
     checkpoint: Path | None, train_steps: int | None, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Print and return how fast drafts are, for a trained model or else one that is trained here."""
+    given = checkpoint is not None
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint or train_default_run(Path(folder), train_steps)
         model = load_for_inference(checkpoint).model
@@ -82,7 +83,8 @@ def measure_speculation(
                 f"{even:>8}{row['verify_cost']:>10.2f}{row['draft_cost']:>7.2f}",
                 flush=True,
             )
-    return {"trained_steps": train_steps, "prompts": {d: list(ids.shape) for d, ids in prompts.items()},
+    return {"model": "a checkpoint that was given" if given else "the default run, trained here",
+        "train_steps": train_steps, "prompts": {d: list(ids.shape) for d, ids in prompts.items()},
             "new_tokens": new_tokens, "rows": rows}  # fmt: skip
 
 

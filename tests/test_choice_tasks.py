@@ -4,7 +4,6 @@ Records are look-alikes by default (`choice_records`); those of the data sets ma
 need the folder that LIGHTNING_DSV3_DATA names.
 """
 
-import logging
 import math
 import os
 from collections import Counter, defaultdict
@@ -12,21 +11,17 @@ from pathlib import Path
 
 import choice_records as records
 import datasets
-import lm_eval.evaluator
 import pytest
 import yaml
+from choice_runs import FOLDER, evaluate, knowing, manager_of, mistaken, replace_hub, scores_of, shortest
 from conftest import ROOT
-from lm_eval.api.model import LM
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lightning_dsv3.evaluation import data, groups
+from lightning_dsv3.evaluation import data
 from lightning_dsv3.evaluation.choice_tasks import macro_mean, score_halves, score_letters, score_texts
 from lightning_dsv3.evaluation.data_subjects import CEVAL, CMMLU, MMLU, MMMLU
 from lightning_dsv3.evaluation.likelihood import Likelihood
 
-FOLDER = ROOT / "src" / "lightning_dsv3" / "evaluation" / "tasks"
 GOLDEN = ROOT / "tests" / "golden" / "prompts"
 LOCALES = [f"dsv3_mmmlu_{language.lower()}" for language in MMMLU]
 LETTERS = ["dsv3_mmlu", "dsv3_mmlu_redux", "dsv3_mmlu_redux_all", "dsv3_mmlu_redux_corrected", "dsv3_mmlu_pro"]
@@ -40,75 +35,9 @@ SHOTS |= {"mmlu": 5, "mmmlu": 5, "ceval": 5, "cmmlu": 5}
 CHINESE = ("dsv3_ceval", "dsv3_cmmlu", "dsv3_c3", "dsv3_ccpm")
 
 
-class Fixed(LM):
-    """Says of each request what a function of it and of its record says."""
-
-    def __init__(self, likelihood):
-        super().__init__()
-        self.likelihood, self.requests = likelihood, defaultdict(list)
-
-    def loglikelihood(self, requests):
-        for request in requests:
-            self.requests[request.task_name].append(request)
-        return [self.likelihood(request) for request in requests]
-
-    def loglikelihood_rolling(self, requests):
-        return [self.likelihood(request) for request in requests]
-
-    generate_until = None
-
-
-def knowing(request):
-    """Prefers the right option, whatever it is divided by."""
-    right = request.idx % len(request.doc["choices"]) == request.doc["answer"]
-    after_neutral = request.idx >= len(request.doc["choices"])
-    pair = -1.0 if right and not after_neutral else -5000.0
-    return Likelihood(pair, right, num_tokens=1, context_logprob=-3.0, context_tokens=4)
-
-
-def mistaken(request):
-    """Prefers the options that are not the right one."""
-    value = knowing(request)[0]
-    if request.idx >= len(request.doc["choices"]):
-        return Likelihood(value, False, num_tokens=1, context_logprob=-3.0, context_tokens=4)
-    return Likelihood(-5001.0 - value, False, num_tokens=1, context_logprob=-3.0, context_tokens=4)
-
-
-def shortest(request):
-    """Prefers short continuations; of equally long ones all alike."""
-    return -float(len(request.args[1])), False
-
-
-def evaluate(manager, tasks, likelihood, **options):
-    model = Fixed(likelihood)
-    options = {"log_samples": False, "bootstrap_iters": 0, **options}
-    with pytest.MonkeyPatch.context() as patch:  # a description of this machine, which takes two seconds to collect
-        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
-        return simple_evaluate(model, tasks=tasks, task_manager=manager, **options), model.requests
-
-
-def scores_of(result):
-    return {key.partition(",")[0]: value for key, value in result.items() if "," in key and "_stderr" not in key}
-
-
-def manager_of(**metadata):
-    return TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata or None)
-
-
 @pytest.fixture(scope="module")
 def manager():
     return manager_of()
-
-
-def replace_hub(patch):
-    splits = records.hub()
-    patch.delenv("LIGHTNING_DSV3_DATA", raising=False)
-
-    def load(path, name=None, *, split="test", data_files=None, **_):
-        return splits[data_files[split][0] if data_files else path, name, split]
-
-    patch.setattr(datasets, "load_dataset", load)
-    return splits
 
 
 @pytest.fixture
@@ -122,17 +51,6 @@ def runs(manager):
     with pytest.MonkeyPatch.context() as patch:
         replace_hub(patch)
         return evaluate(manager, CHOICE, knowing), evaluate(manager, CHOICE, mistaken)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIGHTNING_DSV3_DATA", str(tmp_path))
-    return tmp_path
-
-
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(list(rows)).to_json(path, force_ascii=False)
 
 
 # The YAML files
@@ -155,12 +73,6 @@ def test_no_two_files_give_one_name():
         named[config["group"] if "group" in config else config.get("task")] += 1
     del named[None]  # what is only included
     assert set(named.values()) == {1}
-
-
-def test_benchmarks_of_the_table_have_tasks(manager):
-    several = {"mmmlu", "mgsm"}
-    assert {groups.task_name(name) for name in data.BENCHMARKS if name not in several} <= set(manager.all_subtasks)
-    assert {f"dsv3_{name}" for name in several} <= set(manager.all_groups)
 
 
 @pytest.mark.parametrize("task", CHOICE)
@@ -430,102 +342,6 @@ def test_a_result_can_be_written(runs, tmp_path):
     tracker.general_config_tracker.model_name_sanitized = "m"
     tracker.save_results_aggregated(results={**results, "samples": {}}, samples={})
     assert list(tmp_path.glob("**/*.json"))
-
-
-# What is at hand
-
-
-def test_a_named_task_without_its_file_is_an_error_that_names_it(folder, manager):
-    with pytest.raises(data.MissingDataError, match=r"dsv3_hellaswag: no file hellaswag_val\*.* in .*hellaswag"):
-        manager.load("dsv3_hellaswag")
-    write_rows(folder / "arc" / "arc_easy.test.jsonl", records.ARC["test"])
-    with pytest.raises(data.MissingDataError, match=r"dsv3_mmlu: no file test/abstract_algebra_test\*"):
-        manager.load("dsv3_mmlu")
-
-
-def test_a_group_runs_what_is_there_and_names_what_is_not(folder, manager, caplog):
-    write_rows(folder / "c3" / "c3-m-dev.json", records.C3)
-    write_rows(folder / "ccpm" / "valid.jsonl", records.CCPM)
-    with caplog.at_level(logging.WARNING, "lightning_dsv3"):
-        results, _ = evaluate(manager, ["dsv3_zh"], knowing)
-    assert results["group_subtasks"]["dsv3_zh"] == ["dsv3_c3", "dsv3_ccpm"]
-    assert results["results"]["dsv3_zh"]["alias"] == "dsv3_zh (partial: 2 of 6)"
-    assert results["results"]["dsv3_zh"]["acc_ppl,none"] == 1.0
-    (message,) = [record.getMessage() for record in caplog.records if record.name.endswith("groups")]
-    assert "4 of 6 tasks are absent, its score is partial" in message
-    for name in ("cluewsc", "ceval", "cmmlu", "cmrc"):
-        assert f"dsv3_{name}: no file" in message
-
-
-def test_a_group_without_any_data_is_an_error(folder, manager):
-    with pytest.raises(
-        data.DataError, match=r"dsv3_zh: none of its tasks has its data(.|\n)*dsv3_ccpm: no file valid\*"
-    ):
-        manager.load("dsv3_zh")
-
-
-def test_groups_of_the_hub_are_those_of_the_tables(hub):
-    base = [name if isinstance(name, str) else name["task"] for name in groups.dsv3_base]
-    assert len(base) == len(set(base)) == len(data.BENCHMARKS) == 32
-    assert base == [groups.task_name(name) for name in groups.GROUPS["dsv3_base"]]
-    parts = [groups.dsv3_en, groups.dsv3_code, groups.dsv3_math, groups.dsv3_zh]
-    assert sorted(base) == sorted([name for part in parts for name in part] + ["dsv3_mmmlu"])
-    assert groups.dsv3_base_alias == "dsv3_base"
-    with pytest.raises(AttributeError, match="no attribute 'dsv3_nothing'"):
-        _ = groups.dsv3_nothing
-
-
-def test_ablation_group_has_the_shots_of_tables_4_and_5(hub):
-    named = {"pile_test", "bbh", "mmlu", "drop", "triviaqa", "naturalquestions", "humaneval", "mbpp", "gsm8k", "math"}
-    members = groups.dsv3_ablation
-    assert {"task": "dsv3_drop", "num_fewshot": 1} in members
-    names = {member if isinstance(member, str) else member["task"] for member in members}
-    assert names == {groups.task_name(name) for name in named}
-    table = {
-        "bbh": 3,
-        "mmlu": 5,
-        "triviaqa": 5,
-        "naturalquestions": 5,
-        "humaneval": 0,
-        "mbpp": 3,
-        "gsm8k": 8,
-        "math": 4,
-    }
-    assert {name: data.BENCHMARKS[name].shots for name in table} == table
-
-
-@pytest.mark.parametrize("group", [name for name in groups.GROUPS if name != "dsv3_mgsm"])
-def test_group_files_ask_for_what_is_at_hand(hub, group):
-    (path,) = FOLDER.glob(f"*/{group}.yaml") if group != "dsv3_mmmlu" else FOLDER.glob("mmmlu/mmmlu.yaml")
-    config = load_yaml(path)
-    assert config["task"] == getattr(groups, group)
-    assert config["group_alias"] == config["group"] == group
-
-
-def test_parts_of_a_benchmark_are_marked(folder, manager, caplog):
-    for split, rows in (("test", records.MMLU_TEST), ("dev", records.MMLU_DEV)):
-        own = [row for row in rows if row["subject"] == "virology"]
-        write_rows(folder / "mmlu" / split / f"virology_{split}.jsonl", own)
-    write_rows(folder / "race" / "test.high.part.jsonl", records.RACE["high"])
-    loaded = manager.load(["dsv3_mmlu", "dsv3_race_high"])["tasks"]
-    assert loaded["dsv3_mmlu"].config.task_alias == "dsv3_mmlu (partial: 1 of 57 subjects)"
-    assert loaded["dsv3_race_high"].config.task_alias == "dsv3_race_high (partial: 8 of 3498)"
-    assert loaded["dsv3_mmlu"].config.metadata["data"] == ["mmlu/test/virology_test.jsonl"]
-    assert "56 of 57 subsets are absent, its score is partial: abstract_algebra, anatomy," in caplog.text
-
-
-def test_shots_of_the_tested_split_are_marked_and_never_the_tested_record(folder, manager, caplog):
-    write_rows(folder / "winogrande" / "dev.jsonl", [records._winogrande(n) for n in range(7)])
-    results, requests = evaluate(manager, ["dsv3_winogrande"], knowing)
-    alias = results["results"]["dsv3_winogrande"]["alias"]
-    assert alias == "dsv3_winogrande (partial: 7 of 1267; shots of the test split)"
-    assert "Shots are other records of the tested split" in caplog.text
-    for request in requests["dsv3_winogrande"]:
-        shots = request.args[0].split("\n\n")[:-1]
-        assert len(shots) == 5
-        years = [shot.rstrip(".").split()[-1] for shot in shots]
-        own = request.args[1].rstrip(".").split()[-1]
-        assert years == [str(n) for n in range(7) if str(n) != own][:5]
 
 
 # On the real records

@@ -193,7 +193,8 @@ class _Origin:
 
 def _origins(benchmark: str, part: Split, subset: str) -> list[_Origin]:
     if data_folder() is None:
-        return [_Origin(f"{part.hub.path} {subset}".strip(), _hub_rows(benchmark, part.hub, subset), part, subset)]
+        name = " ".join(filter(None, (part.hub.path.format(subset=subset), subset, f"({part.hub.split})")))
+        return [_Origin(name, _hub_rows(benchmark, part.hub, subset), part, subset)]
     files = _files(benchmark, part, subset)
     if not files:
         raise _missing(benchmark, part, subset)
@@ -439,6 +440,7 @@ def check_data(benchmarks: Iterable[str] | None = None) -> Iterator[Checked]:
     for name in BENCHMARKS if benchmarks is None else benchmarks:
         entry = _benchmark(name)
         records, problems = 0, []
+        read: set[tuple[str, str]] = set()  # a file may hold both splits
         for split in ("test", "shots") if entry.pool is not None else ("test",):
             part = _split(name, split)
             for subset in entry.subsets or ("",):
@@ -450,6 +452,9 @@ def check_data(benchmarks: Iterable[str] | None = None) -> Iterator[Checked]:
                     problems.append(str(error))
                     continue
                 for origin in origins:
+                    if part.hub.rows is None and (origin.name, subset) in read:
+                        continue
+                    read.add((origin.name, subset))
                     count, faults = origin.problems()
                     records += count
                     problems += faults

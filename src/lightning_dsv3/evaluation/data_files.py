@@ -56,7 +56,9 @@ def read_rows(path: Path) -> list[Raw]:
     """
     try:
         return list(_READERS[_suffix(path)](path))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of the disk, a decompressor, the encoding, or a table's reader
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

@@ -266,6 +266,32 @@ def ccpm(row: Row) -> Iterator[Record]:
     return _question(row.text("translation"), choices, row.index("answer", len(choices)))
 
 
+PILE_SETS = (
+    "ArXiv",
+    "BookCorpus2",
+    "Books3",
+    "DM Mathematics",
+    "Enron Emails",
+    "EuroParl",
+    "FreeLaw",
+    "Github",
+    "Gutenberg (PG-19)",
+    "HackerNews",
+    "NIH ExPorter",
+    "OpenSubtitles",
+    "OpenWebText2",
+    "PhilPapers",
+    "Pile-CC",
+    "PubMed Abstracts",
+    "PubMed Central",
+    "StackExchange",
+    "USPTO Backgrounds",
+    "Ubuntu IRC",
+    "Wikipedia (en)",
+    "YoutubeSubtitles",
+)
+
+
 def pile(row: Row) -> Iterator[Record]:
     """The Pile's test set: a text and the set that it is from."""
     meta = row.get("meta")
@@ -276,4 +302,7 @@ def pile(row: Row) -> Iterator[Record]:
             raise FieldError("meta", f"must be an object, not {meta!r}") from None
     if not isinstance(meta, dict):
         raise FieldError("meta", f"must be an object, not {meta!r}")
-    yield {"text": row.text("text", empty=True), "subject": Row(meta).text("pile_set_name")}
+    name = Row(meta).text("pile_set_name")
+    if name not in PILE_SETS:
+        raise FieldError("pile_set_name", f"must be one of {', '.join(PILE_SETS)}, not {name!r}")
+    yield {"text": row.text("text", empty=True), "subject": name}

@@ -345,6 +345,8 @@ def plot_benchmarks(
 ) -> None:
     """Draw scores by benchmark: published models as open marks, results as filled ones with two standard errors.
 
+    Errors that reach beyond all scores are cut.
+
     Args:
         scores: Score and its standard error, if known, by column and benchmark.
         panels: Benchmarks from the top down, by the label of their axis; a panel without any is left out.
@@ -377,6 +379,9 @@ def plot_benchmarks(
             )
         axes.set_yticks(range(len(benchmarks)), benchmarks, fontsize=8)
         axes.set_ylim(len(benchmarks) - 0.4, -0.6)
+        values = [column[benchmark][0] for column in scores.values() for benchmark in benchmarks if benchmark in column]
+        margin = 0.05 * ((max(values) - min(values)) or 1)
+        axes.set_xlim(min(values) - margin, max(values) + margin)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)

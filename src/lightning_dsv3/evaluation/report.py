@@ -181,8 +181,8 @@ def result_columns(files: Sequence[tuple[str | None, Path]], rows: Sequence[Row]
             Column(
                 name,
                 model.architecture,
-                _millions(model.activated),
-                _millions(model.total),
+                _as_printed(model.activated),
+                _as_printed(model.total),
                 None,
                 {row: score for row, score in found.items() if isinstance(score, Score)},
                 {row: reason for row, reason in found.items() if isinstance(reason, str)},
@@ -222,13 +222,16 @@ def compare(row: Row, first: Column, second: Column) -> Comparison:
 
 def _hindrance(a: Score, b: Score) -> str:
     """Return why two scores are not compared; nothing if they are."""
-    if a.settings and b.settings:
-        return "; ".join(
-            f"{name} {a.settings.get(name) or 'not stated'} against {b.settings.get(name) or 'not stated'}"
-            for name in dict.fromkeys([*a.settings, *b.settings])
-            if a.settings.get(name) is None or a.settings.get(name) != b.settings.get(name)
-        )
-    return "; ".join(a.departures + b.departures)
+    if not (a.settings and b.settings):
+        return "; ".join(a.departures + b.departures)
+    hindrances = []
+    for name in dict.fromkeys([*a.settings, *b.settings]):
+        mine, other = a.settings.get(name), b.settings.get(name)
+        if mine is None and other is None:
+            hindrances.append(f"{name} not stated")
+        elif mine != other:
+            hindrances.append(f"{name} {mine or 'not stated'} against {other or 'not stated'}")
+    return "; ".join(hindrances)
 
 
 def _paired_stderr(row: Row, first: Column, second: Column) -> float | None:
@@ -390,9 +393,10 @@ def _remarks(
     for row in rows:
         for first, second in pairs:
             if row in first.scores and row in second.scores and (reason := compare(row, first, second).reason):
-                # What parts a result from one published column parts it from all.
-                other = second.name if second.source is not None else "published numbers"
-                labels = differing.setdefault((f"{first.name} and {other}", reason), [])
+                who = f"{first.name} and {second.name}", reason
+                if second.source is None:  # what parts a result from one published column parts it from all
+                    who = f"{first.name} and published numbers", "see the notes"
+                labels = differing.setdefault(who, [])
                 labels += [row.label] if row.label not in labels else []
     absent: dict[tuple[str, str], list[str]] = {}
     for column in results:
@@ -435,22 +439,26 @@ def _difference_cell(row: Row, first: Column, second: Column) -> Cell:
 def _with_error(row: Row, value: float, stderr: float | None, *, finer: bool = False, sign: str = "") -> str:
     digits = (3 if row.bits else 1) + finer
     error = "" if stderr is None else f" ± {stderr:.{digits}f}"
-    return f"{round(value, 9):{sign}.{digits}f}{error}"
+    number = f"{value:{sign}.{digits}f}"
+    if not float(number):  # no -0.0
+        number = f"{0:{sign}.{digits}f}"
+    return number + error
 
 
 def _shots(row: Row) -> str:
     return "-" if row.shots is None else f"{row.shots}-shot"
 
 
-def _millions(count: int | None) -> str | None:
+def _as_printed(count: int | None) -> str | None:
     """Write a number of parameters as the report does.
 
-    >>> _millions(671026419200), _millions(15_706_484_224), _millions(1_234_567)
-    ('671B', '15.7B', '1.2M')
+    >>> _as_printed(671026419200), _as_printed(15_706_484_224), _as_printed(77_992)
+    ('671B', '15.7B', '78.0K')
     """
     if count is None:
         return None
-    number, letter = (count / 1e9, "B") if count >= 1e9 else (count / 1e6, "M")
+    unit, letter = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "K")
+    number = count / unit
     return f"{number:.0f}{letter}" if number >= 100 else f"{number:.1f}{letter}"
 
 

@@ -1,8 +1,8 @@
 """Result files of lm-eval, ours and those of its other models: the scores of a table's rows, and how they came about.
 
-A score is only as good as what is known of it. So each carries its settings (task version, shots, seeds, window, records
-and more), by which two results are held against each other, and its departures from the benchmark's protocol (a part of
-the records, other shots), for which it is not held against published numbers.
+A score is only as good as what is known of it. So each carries its settings (task version, shots, seeds, window,
+records and more), by which two results are held against each other, and its departures from the benchmark's protocol (a
+part of the records, other shots), for which it is not held against published numbers.
 """
 
 from __future__ import annotations

@@ -57,12 +57,16 @@ def shortest(request):
     return -float(len(request.args[1])), False
 
 
-def evaluate(manager, tasks, likelihood, **options):
-    model = Fixed(likelihood)
+def run(manager, model, tasks, **options):
     options = {"log_samples": False, "bootstrap_iters": 0, **options}
     with pytest.MonkeyPatch.context() as patch:  # a description of this machine, which takes two seconds to collect
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
-        return simple_evaluate(model, tasks=tasks, task_manager=manager, **options), model.requests
+        return simple_evaluate(model, tasks=tasks, task_manager=manager, **options)
+
+
+def evaluate(manager, tasks, likelihood, **options):
+    model = Fixed(likelihood)
+    return run(manager, model, tasks, **options), model.requests
 
 
 def scores_of(result):

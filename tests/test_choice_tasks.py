@@ -12,15 +12,19 @@ from pathlib import Path
 import choice_records as records
 import datasets
 import pytest
+import torch
 import yaml
-from choice_runs import FOLDER, evaluate, knowing, manager_of, mistaken, replace_hub, scores_of, shortest
+from choice_runs import FOLDER, evaluate, knowing, manager_of, mistaken, replace_hub, run, scores_of, shortest
 from conftest import ROOT
 from lm_eval.tasks._yaml_loader import load_yaml
+from tiny_model import tiny_model
 
+from lightning_dsv3.data import load_tokenizer
 from lightning_dsv3.evaluation import data
 from lightning_dsv3.evaluation.choice_tasks import macro_mean, score_halves, score_letters, score_texts
 from lightning_dsv3.evaluation.data_subjects import CEVAL, CMMLU, MMLU, MMMLU
 from lightning_dsv3.evaluation.likelihood import Likelihood
+from lightning_dsv3.evaluation.lm import DSV3LM
 
 GOLDEN = ROOT / "tests" / "golden" / "prompts"
 LOCALES = [f"dsv3_mmmlu_{language.lower()}" for language in MMMLU]
@@ -297,6 +301,33 @@ def test_halves_are_measured_by_what_follows_the_gap():
     scores = score_halves(document, [(-4.0, False), (-3.0, False)])
     assert (scores["acc"], scores["acc_norm"], scores["acc_ppl"]) == (1.0, 1.0, 1.0)
     assert scores["bpb"] == pytest.approx(3.0 / math.log(2) / 4)
+
+
+def test_our_model_is_measured_as_the_formulas_say(hub, manager):
+    """Every likelihood again from the model's own logits."""
+    tokenizer, weights = load_tokenizer(512), tiny_model(vocab_size=512, std=0.12, max_position_embeddings=512)
+    model = DSV3LM(model=weights, tokenizer=tokenizer, max_length=512)
+    results = run(manager, model, ["dsv3_c3"], log_samples=True)
+    samples = {sample["doc_id"]: sample for sample in results["samples"]["dsv3_c3"]}
+    assert len(samples) == len(records.C3)
+    for number, row in enumerate(records.C3):
+        own, whole = [], []
+        context = prompt_of(row)
+        for option in row["choice"]:
+            tokens = model.tok_encode(context + option)
+            first = len(model.tok_encode(context))
+            with torch.no_grad():
+                logits = weights(torch.tensor([tokens])).logits[0].double()
+            logprobs = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+            own.append(float(logprobs[first - 1 :].mean()))
+            whole.append(float(logprobs.mean()))
+        gold = row["choice"].index(row["answer"])
+        assert samples[number]["acc_ppl"] == float(max(range(len(own)), key=own.__getitem__) == gold)
+        assert samples[number]["acc_ppl_full"] == float(max(range(len(whole)), key=whole.__getitem__) == gold)
+
+
+def prompt_of(row):
+    return "\n".join(row["context"]) + f"\n\n请根据上文回答问题：\n\n{row['question']}\n答案："
 
 
 def test_arc_asks_for_each_option_after_the_prompt_and_after_answer(runs):

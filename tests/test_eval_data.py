@@ -314,11 +314,12 @@ def test_list_of_a_folder(folder):
         "method": "perplexity",
         "shots": 0,
         "metric": "acc_ppl",
-        "source": str(folder / "ccpm"),
+        "source": f"{folder}/ccpm/valid*",
         "found": True,
         "licence": "none stated",
     }
     assert rows["dsv3_bbh"]["found"] == "2 of 27"
+    assert rows["dsv3_bbh"]["source"] == f"{folder}/bbh/bbh/{{subset}}* or {{subset}}*"
     assert rows["dsv3_mmlu"]["found"] is False
     assert all(row["licence"] for row in rows.values())
 
@@ -327,7 +328,7 @@ def test_shots_that_are_needed_count(folder):
     """Subjects without their shots cannot run; where any other record will do, a benchmark can."""
     write_rows(folder / "cmmlu" / "test" / "virology.jsonl", choice_records.CMMLU_ROWS["virology", "test"])
     assert not data.found("cmmlu")
-    assert "no file dev/virology*" in data.coverage("cmmlu", "virology").missing
+    assert "cmmlu/dev/virology*" in data.coverage("cmmlu", "virology").missing
     write_rows(folder / "cmmlu" / "dev" / "virology.jsonl", choice_records.CMMLU_ROWS["virology", "dev"])
     assert data.found("cmmlu")
     assert data.coverage("cmmlu").present == ("virology",)
@@ -338,12 +339,14 @@ def test_shots_that_are_needed_count(folder):
 def test_the_hub_counts_as_at_hand_unless_it_is_switched_off(hub, monkeypatch, tmp_path):
     assert data.found("ccpm")
     assert data.coverage("mmlu").source == "hub: cais/mmlu"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert {row["found"] for row in data.list_benchmarks()} == {"to be downloaded"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert {row["found"] for row in data.list_benchmarks()} == {False}
     assert not data.found("mmlu")
     assert "cais/mmlu has not been downloaded" in data.coverage("mmlu").missing
     (tmp_path / "datasets--cais--mmlu").mkdir()
-    assert data.found("mmlu")
+    assert {row["name"] for row in data.list_benchmarks() if row["found"] is True} == {"dsv3_mmlu"}
     (checked,) = data.check_data()
     assert (checked.benchmark, checked.problems) == ("mmlu", [])
     assert checked.records == len(choice_records.MMLU_TEST) + len(choice_records.MMLU_DEV)

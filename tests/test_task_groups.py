@@ -33,10 +33,10 @@ def test_benchmarks_of_the_table_have_tasks(manager):
 
 
 def test_a_named_task_without_its_file_is_an_error_that_names_it(folder, manager):
-    with pytest.raises(data.MissingDataError, match=r"dsv3_hellaswag: no file hellaswag_val\*.* in .*hellaswag"):
+    with pytest.raises(data.MissingDataError, match=r"dsv3_hellaswag: no file .*/hellaswag/hellaswag_val\*"):
         manager.load("dsv3_hellaswag")
     write_rows(folder / "arc" / "arc_easy.test.jsonl", records.ARC["test"])
-    with pytest.raises(data.MissingDataError, match=r"dsv3_mmlu: no file test/abstract_algebra_test\*"):
+    with pytest.raises(data.MissingDataError, match=r"dsv3_mmlu: no file .*/mmlu/test/abstract_algebra_test\*"):
         manager.load("dsv3_mmlu")
 
 
@@ -56,7 +56,7 @@ def test_a_group_runs_what_is_there_and_names_what_is_not(folder, manager, caplo
 
 def test_a_group_without_any_data_is_an_error(folder, manager):
     with pytest.raises(
-        data.DataError, match=r"dsv3_zh: none of its tasks has its data(.|\n)*dsv3_ccpm: no file valid\*"
+        data.DataError, match=r"dsv3_zh: none of its tasks has its data(.|\n)*dsv3_ccpm: no file .*/ccpm/valid\*"
     ):
         manager.load("dsv3_zh")
 

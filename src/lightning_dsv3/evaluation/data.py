@@ -268,9 +268,14 @@ def _all_stems(benchmark: str, part: Split) -> list[str]:
     return stems
 
 
-def _absence(benchmark: str, part: Split, subset: str) -> str:
+def _patterns(benchmark: str, part: Split, subset: str) -> str:
+    """Name the files of a split: ``FOLDER/ccpm/valid*``."""
     stems = [" or ".join(f"{stem}*" for stem in found) for found in _stems(benchmark, part, subset)]
-    return f"no file {', '.join(stems)} in {_folder(benchmark, part)} ({VARIABLE})"
+    return f"{_folder(benchmark, part)}/{', '.join(stems)}"
+
+
+def _absence(benchmark: str, part: Split, subset: str) -> str:
+    return f"no file {_patterns(benchmark, part, subset)} ({VARIABLE})"
 
 
 def _missing(benchmark: str, part: Split, subset: str) -> MissingDataError:
@@ -316,6 +321,10 @@ def _is_cached(path: str) -> bool:
     return (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
 
 
+def _is_downloaded(entry: Benchmark) -> bool:
+    return any(_is_cached(entry.test.hub.path.format(subset=name)) for name in entry.subsets or ("",))
+
+
 def _is_offline() -> bool:
     return any(os.environ.get(name, "0").upper() in ("1", "TRUE", "YES", "ON") for name in _OFFLINE)
 
@@ -331,7 +340,7 @@ class Coverage:
     """What of a benchmark is at hand.
 
     Attributes:
-        source: The local folder or the data set on the hub.
+        source: The local files or the data set on the hub.
         present: Subsets at hand (one that is '' for a benchmark without).
         absent: The others.
         missing: What is missing, in words; '' if nothing.
@@ -354,7 +363,7 @@ def coverage(benchmark: str, subset: str | None = None) -> Coverage:
     if folder is None:
         path = entry.test.hub.path
         file = entry.test.hub.files[0] if entry.test.hub.files else ""
-        there = not _is_offline() or any(_is_cached(path.format(subset=name)) for name in subsets)
+        there = not _is_offline() or _is_downloaded(entry)
         missing = "" if there else f"{path} has not been downloaded and the hub is switched off"
         return Coverage(
             file if "://" in file else f"hub: {path}",
@@ -371,7 +380,9 @@ def coverage(benchmark: str, subset: str | None = None) -> Coverage:
     }
     absent = tuple(name for name in subsets if gaps[name])
     missing = next((gap[0] for gap in gaps.values() if gap), "")
-    return Coverage(str(folder / entry.folder), tuple(name for name in subsets if not gaps[name]), absent, missing)
+    return Coverage(
+        _patterns(benchmark, entry.test, "{subset}"), tuple(name for name in subsets if not gaps[name]), absent, missing
+    )
 
 
 def found(benchmark: str, subset: str | None = None) -> bool:
@@ -393,7 +404,7 @@ def used_files(benchmark: str, subset: str | None = None, split: str = "test") -
 def list_benchmarks() -> list[dict[str, Any]]:
     """Return a row for each benchmark: name, title, method, shots, metric, source, found, licence.
 
-    ``found`` is True, False, or says how much: ``29 of 57``.
+    ``found`` is True, False, or says how much: ``29 of 57``; ``to be downloaded`` for what the hub has.
     """
     rows = []
     for name, entry in BENCHMARKS.items():
@@ -401,6 +412,8 @@ def list_benchmarks() -> list[dict[str, Any]]:
         there: bool | str = bool(state.present)
         if state.present and state.absent:
             there = f"{len(state.present)} of {len(entry.subsets)}"
+        elif there and data_folder() is None and not _is_downloaded(entry):
+            there = "to be downloaded"
         rows.append(
             {
                 "name": f"dsv3_{name}",

@@ -98,6 +98,18 @@ class TestGreedy:
         expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0)
         assert torch.equal(generate(model, ids, max_new_tokens=15), expected)
 
+    def test_bfloat16_continues_as_it_scores(self):
+        model = tiny_model(std=0.3).to(torch.bfloat16)
+        texts = prompts(4, 9)
+        for num_drafts in (None, 2):
+            new, _ = decoded(model, texts, max_new_tokens=12, num_drafts=num_drafts)
+            for text, tokens in zip(texts, new, strict=True):
+                with torch.no_grad():
+                    logits = model(torch.tensor([text + tokens])).logits[0].float()
+                # Rounding flips a choice of experts here and there, and then a token.
+                likeliest = logits.argmax(-1)[len(text) - 1 : -1].tolist()
+                assert sum(a == b for a, b in zip(tokens, likeliest, strict=True)) >= 10
+
     def test_long_prompts_run_in_pieces(self, model, monkeypatch):
         texts = prompts(23, 5, 16, 8)
         expected = decoded(model, texts, max_new_tokens=6, num_drafts=1)

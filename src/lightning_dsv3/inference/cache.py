@@ -199,7 +199,7 @@ class Extension:
             first = torch.tensor(lengths[0] if alike else lengths)
             config = self._cache.config
             cos, sin = rope_table(
-                self.pack(first.unsqueeze(-1) + torch.arange(self._num_new)).to(self._device),
+                self.pack((first.unsqueeze(-1) + torch.arange(self._num_new)).to(self._device)),
                 dim=config.qk_rope_head_dim,
                 theta=config.rope_theta,
                 scaling=config.rope_scaling,
@@ -253,12 +253,11 @@ class Extension:
             return writes
         slots_BS = torch.tensor(self._own_lengths).unsqueeze(1) + torch.arange(self._num_new)
         rows_BS = torch.arange(len(self._own_lengths)).unsqueeze(1).expand_as(slots_BS)
-        slots, rows = self.pack(slots_BS), self.pack(rows_BS)
+        slots, rows = self.pack(slots_BS.to(device)), self.pack(rows_BS.to(device))
         for chunk in self._cache._chunks:
             source = ((slots >= chunk.start) & (slots < chunk.stop)).nonzero(as_tuple=True)
             if source[0].numel():
-                target = (rows[source].to(device), (slots[source] - chunk.start).to(device))
-                writes.append(_Write(chunk, target, tuple(index.to(device) for index in source)))
+                writes.append(_Write(chunk, (rows[source], slots[source] - chunk.start), source))
         return writes
 
     def _plan_reads(self, like: Tensor) -> list[_Read]:
@@ -348,10 +347,12 @@ class _Layout:
         self._padded_of = (columns < counts.unsqueeze(1)).flatten().nonzero().squeeze(1)
 
     def pack(self, x_BS: Tensor) -> Tensor:
-        return x_BS.flatten(0, 1)[self._padded_of.to(x_BS.device)].unsqueeze(0)
+        self._padded_of = self._padded_of.to(x_BS.device)  # once: every layer comes here
+        return x_BS.flatten(0, 1)[self._padded_of].unsqueeze(0)
 
     def unpack(self, x: Tensor) -> Tensor:
-        return x[0, self._packed_of.to(x.device)]
+        self._packed_of = self._packed_of.to(x.device)
+        return x[0, self._packed_of]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ Shapes: T tokens, K chosen experts per token, N = T*K pairs sorted by expert, E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lightning_dsv3.ops.dispatch import DispatchPlan, combine, grouped_matmul, permute
-from lightning_dsv3.ops.linear import FEW_ROWS, few_rows_matmul
+from lightning_dsv3.ops.linear import are_few_rows, few_rows_matmul
 from lightning_dsv3.ops.swiglu import swiglu
 
 # Rows of a block, unless one expert has more. A block's widest operand is then 2 MB per 256 columns of float32.
@@ -42,6 +43,8 @@ def routed_experts(x_TD: Tensor, gate_TK: Tensor, plan: DispatchPlan, gate_up_EG
     if x_TD.device.type != "cpu":
         return routed_experts_grouped(x_TD, gate_TK, plan, gate_up_EGD, down_EDF)
     gate_N = _gate_of_pairs(gate_TK, plan, x_TD.dtype)
+    if are_few_rows(x_TD):
+        return _experts_of_few(x_TD, gate_N, plan, gate_up_EGD, down_EDF)
     y_TD, _ = _experts_in_blocks(x_TD, gate_N, plan.slot_token_N, plan.ends_E, gate_up_EGD, down_EDF)
     return y_TD
 
@@ -54,6 +57,17 @@ def routed_experts_grouped(
     # Scaling before the linear `down` equals scaling after it, on F instead of D values.
     h_NF = h_NF * _gate_of_pairs(gate_TK, plan, h_NF.dtype).unsqueeze(-1)
     return combine(grouped_matmul(h_NF, down_EDF, plan.ends_E), plan, x_TD.shape[0])
+
+
+def _experts_of_few(x_TD: Tensor, gate_N: Tensor, plan: DispatchPlan, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """As :func:`routed_experts`, for so few tokens that reading the weights of the experts in use is all the work."""
+    ends = plan.ends_E.tolist()
+    used = [(e, slice(begin, end)) for e, (begin, end) in enumerate(pairwise([0, *ends])) if begin < end]
+    x_ND = x_TD.index_select(0, plan.slot_token_N)
+    z_NG = torch.cat([few_rows_matmul(x_ND[rows], gate_up_EGD[expert]) for expert, rows in used])
+    h_NF = swiglu(z_NG) * gate_N.unsqueeze(-1)
+    y_ND = torch.cat([few_rows_matmul(h_NF[rows], down_EDF[expert]) for expert, rows in used])
+    return torch.zeros_like(x_TD).index_add_(0, plan.slot_token_N, y_ND)
 
 
 def _gate_of_pairs(gate_TK: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
@@ -69,19 +83,18 @@ def _experts_in_blocks(
     blocks = _Blocks(ends_E, x_TD, down_EDF.shape[2], skip_idle=True)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD))
     z_NG = x_TD.new_empty(token_N.shape[0], gate_up_EGD.shape[1])
-    gate_ups, downs = blocks.matrices(gate_up_EGD), blocks.matrices(down_EDF)
-    multiply = _multiply_few if x_TD.shape[0] <= FEW_ROWS and x_TD.dtype == torch.float32 else torch.mm
+    gate_ups, downs = gate_up_EGD.mT.unbind(0), down_EDF.mT.unbind(0)
     for pairs, experts in blocks:
         tokens_n, z_nG = token_N[pairs], z_NG[pairs]
         x_nD, y_nD, h_nF = blocks.rows("x"), blocks.rows("y"), blocks.rows("h", wide=False)
         torch.index_select(x_TD, 0, tokens_n, out=x_nD)
         for expert, rows in experts:
-            multiply(x_nD[rows], gate_ups[expert], out=z_nG[rows])
+            torch.mm(x_nD[rows], gate_ups[expert], out=z_nG[rows])
         gate_nF, up_nF = z_nG.chunk(2, dim=-1)
         torch.ops.aten.silu.out(gate_nF, out=h_nF)
         h_nF.mul_(up_nF).mul_(gate_N[pairs].unsqueeze(-1))
         for expert, rows in experts:
-            multiply(h_nF[rows], downs[expert], out=y_nD[rows])
+            torch.mm(h_nF[rows], downs[expert], out=y_nD[rows])
         y_TD.index_add_(0, tokens_n, y_nD.to(y_TD.dtype))
     return y_TD.to(x_TD.dtype), z_NG
 
@@ -168,10 +181,6 @@ def _backward(ctx, grad_TD, _):  # type: ignore[no-untyped-def]
 _experts_in_blocks.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _multiply_few(x_nD: Tensor, weight_DF: Tensor, *, out: Tensor) -> None:
-    out.copy_(few_rows_matmul(x_nD, weight_DF.mT))
-
-
 class _Blocks:
     """Neighbouring experts in blocks of at least one expert and about ``_BLOCK_ROWS`` pairs, and memory for a block.
 
@@ -202,13 +211,6 @@ class _Blocks:
         for pairs, experts in self._plan:
             self._size = pairs.stop - pairs.start
             yield pairs, experts
-
-    def matrices(self, weight_EFD: Tensor) -> Mapping[int, Tensor]:
-        """Return the transposed matrices of the experts that have rows; a few are picked, of many a list is made."""
-        used = [expert for _, experts in self._plan for expert, _ in experts]
-        if 4 * len(used) < weight_EFD.shape[0]:
-            return {expert: weight_EFD[expert].mT for expert in used}
-        return dict(enumerate(weight_EFD.mT.unbind(0)))
 
     def rows(self, name: str, *, wide: bool = True, times: int = 1) -> Tensor:
         """Return the memory ``name`` cut to this block: rows of D (``wide``) or ``times`` F values."""

@@ -202,28 +202,31 @@ def _attend_slice(
     queries: slice,
     num_columns: int,
 ) -> Tensor:
-    scores = None
+    pieces = []
     for segment, (keys, _) in zip(segments, parts, strict=True):
         s_BJMT = _ungrouped(_grouped(q_BJMW[segment.rows], segment) @ keys.mT, segment)
         if segment.mask is not None:
             mask = segment.mask if segment.mask.shape[1] == 1 else segment.mask[:, queries]
             by_query = s_BJMT.unflatten(2, (queries.stop - queries.start, -1))
             s_BJMT = (by_query + mask[:, None, :, None]).flatten(2, 3)
-        if len(segments) == 1:
-            scores = s_BJMT
-            break
-        if scores is None:
-            # A row's columns of a segment that is not its own stay at minus infinity.
-            scores = s_BJMT.new_full((*q_BJMW.shape[:3], num_columns), float("-inf"))
-        scores[segment.rows, ..., segment.columns] = s_BJMT
-    assert scores is not None
+        pieces.append(s_BJMT)
+    # Where every segment is every row's, scores stand side by side as they are.
+    of_all = all(segment.rows == slice(0, q_BJMW.shape[0]) for segment in segments)
+    if of_all:
+        scores = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+    else:
+        # A row's columns of a segment that is not its own stay at minus infinity.
+        scores = pieces[0].new_full((*q_BJMW.shape[:3], num_columns), float("-inf"))
+        for segment, s_BJMT in zip(segments, pieces, strict=True):
+            scores[segment.rows, ..., segment.columns] = s_BJMT
     p = scores.softmax(dim=-1, dtype=_softmax_dtype(scores.dtype)).to(scores.dtype)
     out = None
     for segment, (_, values) in zip(segments, parts, strict=True):
-        p_BJMT = p if len(segments) == 1 else p[segment.rows, ..., segment.columns]
+        p_BJMT = p[segment.rows, ..., segment.columns]
         o_BJMV = _ungrouped(_grouped(p_BJMT, segment) @ values, segment)
-        if len(segments) == 1:
-            return o_BJMV
+        if of_all:
+            out = o_BJMV if out is None else out.add_(o_BJMV)
+            continue
         if out is None:
             out = o_BJMV.new_zeros((*q_BJMW.shape[:3], o_BJMV.shape[-1]))
         out[segment.rows] += o_BJMV

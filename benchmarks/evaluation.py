@@ -27,7 +27,6 @@ import io
 import json
 import logging
 import math
-import os
 import platform
 import statistics
 import sys
@@ -71,21 +70,20 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--subjects", type=int, default=3, help="subjects of CMMLU and MMLU")
     parser.add_argument("--questions", type=int, default=50, help="questions of a subject")
-    parser.add_argument("--documents", type=int, default=120, help="questions of C3, documents of BPB")
+    parser.add_argument("--documents", type=int, default=120, help="questions of C3")
+    parser.add_argument("--texts", type=int, default=30, help="documents of BPB")
     parser.add_argument("--prompts", type=int, default=48, help="prompts of CMRC and GSM8K")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens of a generated answer at most")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes that hf tries")
     parser.add_argument("--batch", default="auto", help="our batch size")
     parser.add_argument("--rounds", type=int, default=3, help="counted runs of each side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--own-prompts", action="store_true", help="no tasks: prompts as in evaluation_requests.py")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = export(Path(name), arguments.checkpoint)
@@ -176,14 +174,13 @@ class Sides:
     def measure(self, name: str) -> dict[str, Any]:
         """Alternate both sides on a benchmark and return its row."""
         arguments = self.arguments
-        is_generated = name in ("cmrc", "gsm8k")
+        documents = {"c3": arguments.documents, "bpb": arguments.texts}.get(name, arguments.prompts)
         requests = make_requests(
             name,
             subjects=arguments.subjects,
             questions=arguments.questions,
-            documents=arguments.prompts if is_generated else arguments.documents,
+            documents=documents,
             new_tokens=arguments.new_tokens,
-            own_prompts=arguments.own_prompts,
         )
         settings = self._tune(requests)
         self.run("ours", requests, requests.instances[:8])  # warm-up
@@ -234,7 +231,7 @@ class Sides:
 
     def _tune(self, requests: Requests) -> dict[str, Any]:
         """Find hf's quickest batch size and experts on part of the requests, whole documents of them."""
-        documents = list(requests.pairs_by_document().values())
+        documents = requests.by_document()
         few = documents[:: max(1, len(documents) // max(8, max(self.arguments.batches)))]
         part = [requests.instances[number] for numbers in few for number in numbers]
         if requests.kind == "generate_until":
@@ -313,7 +310,7 @@ class Sides:
         """Return the share of documents whose choice is not the same for all batch sizes, for each side."""
         if requests.kind != "loglikelihood":
             return {}
-        documents = list(requests.pairs_by_document().values())
+        documents = requests.by_document()
         flipped = {}
         for side in ("ours", "hf"):
             chosen = []

@@ -1,12 +1,13 @@
 """The evaluation benchmark on a few made-up questions: its figures hang together, and a wrong answer stops it."""
 
 import argparse
-import csv
 import json
 import math
 import sys
-from pathlib import Path
 
+import choice_records
+import datasets
+import generation_records
 import pytest
 import torch
 from conftest import ROOT
@@ -14,41 +15,18 @@ from conftest import ROOT
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
-QUESTIONS = [f"What is {n} and {n % 3} in the old songs of the gate?" for n in range(6)]
-
-
-def write_table(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for subject in ("songs", "gates"):
-        rows = [{"Question": q, "A": "one", "B": "two", "C": "3", "D": "4", "Answer": "B"} for q in QUESTIONS]
-        for part in ("dev", "test"):
-            write_table(folder / "cmmlu" / part / f"{subject}.csv", rows)
-    (folder / "c3").mkdir()
-    texts = [["old songs are sung"], ["at the gate"]]
-    questions = [{"question": q, "choice": ["the gate", "an old song"], "answer": "the gate"} for q in QUESTIONS[:2]]
-    for part in ("m", "d"):
-        (folder / "c3" / f"c3-{part}-dev.json").write_text(json.dumps([[text, questions, "1"] for text in texts]))
-    (folder / "gsm8k").mkdir()
-    lines = "\n".join(json.dumps({"question": q, "answer": "It is 3.\n#### 3"}) for q in QUESTIONS)
-    for name in ("train.v2_report_8shots.jsonl", "test.first660.jsonl"):
-        (folder / "gsm8k" / name).write_text(lines)
-    return folder
-
 
 @pytest.fixture
-def benchmark(monkeypatch, data):
+def benchmark(monkeypatch):
+    """The benchmark, on records of ours."""
+    splits = {**choice_records.hub(), **generation_records.hub()}
+
+    def load(path, name=None, *, split="test", data_files=None, **_):
+        return splits[data_files[split][0] if data_files else path, name, split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.delenv("LIGHTNING_DSV3_DATA", raising=False)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setenv("LIGHTNING_DSV3_DATA", str(data))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import evaluation
 
     monkeypatch.setattr(evaluation, "PASS", (1, 16))
@@ -58,30 +36,32 @@ def benchmark(monkeypatch, data):
 
 
 FEW = [
-    "--own-prompts", "--subjects", "1", "--questions", "3", "--documents", "4", "--prompts", "2", "--new-tokens", "4",
+    "--subjects", "1", "--questions", "3", "--documents", "4", "--prompts", "2", "--texts", "2", "--new-tokens", "4",
     "--rounds", "1", "--batches", "1", "2", "--threads", "1",
 ]  # fmt: skip
 
 
 def test_figures_hang_together(benchmark, tmp_path, capsys):
-    benchmark.main(["--benchmarks", "cmmlu", "c3", "gsm8k", *FEW, "--output", str(tmp_path / "result.json")])
+    benchmark.main(["--benchmarks", "cmmlu", "c3", "gsm8k", "bpb", *FEW, "--output", str(tmp_path / "result.json")])
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert [row["benchmark"] for row in rows] == ["cmmlu", "c3", "gsm8k"]
+    assert [row["benchmark"] for row in rows] == ["cmmlu", "c3", "gsm8k", "bpb"]
     for row in rows:
-        assert row["requests"] == "prompts of this benchmark"
         # A prompt that ends within another, or before the rest of its batch, has its last token read twice.
         assert row["tokens_unique"] <= row["tokens_computed"] <= 1.05 * row["tokens_unique"]
-        assert row["tokens_computed"] < row["tokens_asked"]
         assert row["ratio"] == pytest.approx(row["hf_seconds"] / row["seconds"])
         assert 0 < row["reached"] == pytest.approx(row["ratio"] / row["bound"])
         assert row["hf_settings"]["attention"] == "sdpa"
-    letters, options, text = rows
-    assert letters["number_of_requests"] == 12
-    # Letters to choose from cost hf one pass a question, whole options each one.
+    letters, options, text, documents = rows
+    assert [row["requests"] for row in rows[:3]] == ["dsv3_cmmlu", "dsv3_c3", "dsv3_gsm8k"]
+    assert letters["number_of_requests"] % 4 == 0
+    for row in (letters, options, text):
+        assert row["tokens_computed"] < row["tokens_asked"]
+    assert documents["tokens_computed"] >= 0.9 * documents["tokens_asked"]
+    # Letters to choose from cost hf one pass a question; the prompt of other options it reads for each of them.
     assert letters["hf_tokens_computed"] < letters["tokens_asked"] / 2
-    assert options["hf_tokens_computed"] >= options["tokens_asked"]
+    assert options["hf_tokens_computed"] > 2 * options["tokens_unique"]
     assert text["equal_texts"] + text["ties"] >= 1
-    for row in (letters, options):
+    for row in (letters, options, documents):
         assert row["largest_difference_per_token"] < 1e-4
     assert "gsm8k" in capsys.readouterr().out
 

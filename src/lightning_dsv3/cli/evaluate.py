@@ -35,6 +35,8 @@ _EPILOG = """\
 The same as "lm_eval --model dsv3 --model_args checkpoint=PATH --tasks ...", which has more options. Tasks are names,
 patterns or groups of lm-eval's own and of ours: dsv3_base is the report's Table 3, dsv3_zh its Chinese part.
 
+Several GPUs share the records: "torchrun --nproc-per-node 8 -m lightning_dsv3 eval ...".
+
 Data come from the hub, or with --data (or LIGHTNING_DSV3_DATA) from files: a folder for each benchmark, in it the files
 as they were published.
 

@@ -467,12 +467,10 @@ def _names(given: Sequence[str | None], results: Sequence[ResultFile]) -> list[s
     parts = [[part for part in Path(result.model.name).parts if part != "checkpoints"] for result in results]
     # The name of a checkpoint's file says little.
     lengths = [2 if path and path[-1].endswith(".ckpt") else 1 for path in parts]
-    for _ in range(max(map(len, parts), default=0)):
+    names: list[str] = []
+    for _ in range(1 + max(map(len, parts), default=0)):
         names = [own or "/".join(path[-n:]) for own, path, n in zip(given, parts, lengths, strict=True)]
-        if len(set(names)) == len(names):
-            return names
         lengths = [n + (names.count(name) > 1) for n, name in zip(lengths, names, strict=True)]
-    names = [own or "/".join(path) for own, path in zip(given, parts, strict=True)]
     return [
         own or (name if names.count(name) == 1 else f"{name} #{index + 1}")
         for index, (own, name) in enumerate(zip(given, names, strict=True))

@@ -273,7 +273,8 @@ def test_the_list_says_what_is_at_hand(made, run):
     assert result.code == 0
     lines = {line.split()[0]: re.split(r" {2,}", line) for line in result.out.splitlines() if line.startswith("dsv3_")}
     assert lines["dsv3_c3"][1:6] == ["C3", "perplexity", "0", "acc_ppl", "yes"]
-    assert lines["dsv3_c3"][6:] == [str(made.data / "c3"), "non-commercial research"]
+    assert lines["dsv3_c3"][6].startswith(str(made.data / "c3"))
+    assert lines["dsv3_c3"][7] == "non-commercial research"
     assert lines["dsv3_gsm8k"][1:6] == ["GSM8K", "generation", "8", "exact_match", "no"]
     known = set(TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks)
     assert set(lines) <= known

@@ -78,7 +78,7 @@ def _list(names: Sequence[str]) -> int:
             rows.append([wanted[row["name"]], *known, found, row["source"], row["licence"]])
     print(table(rows, left=(0, 1, 2, 4, 5, 6, 7)))
     if data.data_folder() is None:
-        print("\nfound: on the hub, unless it is switched off; for files, --data FOLDER or LIGHTNING_DSV3_DATA")
+        print("\nThe hub's data are downloaded when a run needs them; --data FOLDER or LIGHTNING_DSV3_DATA: from files")
     return 0
 
 

@@ -267,6 +267,31 @@ def test_the_figure_shows_the_scores_and_two_errors(write, run, tmp_path, monkey
     assert [line.lines[0].get_xdata().tolist() for line in bits.containers] == [[0.548], [0.7]]
 
 
+def test_the_figure_of_ablations_shows_differences(write, run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    a, b = write("a", result({"mmlu": 60.0})), write("b", result({"mmlu": 59.0}))
+    words = [f"a={a}", f"b={b}", "--layout", "ablation"]
+    run(*words, "--columns", "4-small", "--figure", tmp_path / "a.png")
+    percent, bits = figures[0].axes
+    theirs, ours = percent.containers
+    assert theirs.lines[0].get_xdata().tolist()[:3] == pytest.approx([2.4, 3.3, 2.1])
+    assert ours.lines[0].get_xdata().tolist() == pytest.approx([-1.0])
+    (bar,) = ours.lines[2][0].get_segments()
+    assert sorted(x for x, _ in bar) == pytest.approx([-1 - 2 * math.sqrt(2), -1 + 2 * math.sqrt(2)])
+    assert [axes.patches[0].get_width() for axes in (percent, bits)] == pytest.approx([0.6, 0.006])
+
+    # Nothing that can be compared, nothing to draw.
+    other = write("c", result({"gsm8k": 50.0}))
+    words = [a, other, "--layout", "ablation", "--columns", "none"]
+    done = run(*words, "--figure", tmp_path / "b.png")
+    assert (done.code, len(figures)) == (2, 1)
+    assert done.err.startswith("dsv3: no figure: there is nothing to draw")
+    assert run(*words, "--output", tmp_path / "c.html").code == 0
+    assert "No figure: there is nothing to draw" in (tmp_path / "c.html").read_text(encoding="utf-8")
+
+
 # Mistakes
 
 

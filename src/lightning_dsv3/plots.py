@@ -342,16 +342,18 @@ def plot_benchmarks(
     panels: Mapping[str, Sequence[str]],
     results: Sequence[str],
     path: Path,
+    same_level: Mapping[str, float] | None = None,
 ) -> None:
     """Draw scores by benchmark: published models as open marks, results as filled ones with two standard errors.
 
     Errors that reach beyond all scores are cut.
 
     Args:
-        scores: Score and its standard error, if known, by column and benchmark.
+        scores: Score and its standard error, if known, by column and benchmark; or differences of scores.
         panels: Benchmarks from the top down, by the label of their axis; a panel without any is left out.
         results: Columns that are results.
         path: PNG to write.
+        same_level: For differences: which of them are none, up to this, by the label of the axis.
     """
     from matplotlib.figure import Figure
 
@@ -380,6 +382,9 @@ def plot_benchmarks(
         axes.set_yticks(range(len(benchmarks)), benchmarks, fontsize=8)
         axes.set_ylim(len(benchmarks) - 0.4, -0.6)
         values = [column[benchmark][0] for column in scores.values() for benchmark in benchmarks if benchmark in column]
+        if same_level is not None:
+            axes.axvspan(-same_level[label], same_level[label], color="grey", alpha=0.3, linewidth=0)
+            values += [-same_level[label], same_level[label]]
         margin = 0.05 * ((max(values) - min(values)) or 1)
         axes.set_xlim(min(values) - margin, max(values) + margin)
         axes.set_xlabel(label)

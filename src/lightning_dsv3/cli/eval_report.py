@@ -141,21 +141,32 @@ def _save(text: str, path: Path) -> None:
 
 
 def _draw(content: Report, path: Path) -> None:
-    rows = [row for row in content.rows if any(row in column.scores for column in content.columns)]
-    plot_benchmarks(
-        {
-            column.name: {
-                row.label: (column.scores[row].value, column.scores[row].stderr) for row in rows if row in column.scores
-            }
+    if content.differences:
+        pairs = {f"{first.name} - {second.name}": (first, second) for first, second in content.pairs}
+        drawn = {name: _gaps(content.rows, *pair) for name, pair in pairs.items()}
+        results = [name for name, (first, _) in pairs.items() if first.source is not None]
+        labels = "difference (points)", "difference (bits per byte; below 0 is better)"
+        bands = dict(zip(labels, (reports.SAME_LEVEL, reports.SAME_LEVEL_BITS), strict=True))
+    else:
+        drawn = {
+            column.name: {row.label: (score.value, score.stderr) for row, score in column.scores.items()}
             for column in content.columns
-        },
-        {
-            "score (percent)": [row.label for row in rows if not row.bits],
-            "bits per byte (lower is better)": [row.label for row in rows if row.bits],
-        },
-        [column.name for column in content.columns if column.source is not None],
-        path,
-    )
+        }
+        results = [column.name for column in content.columns if column.source is not None]
+        labels, bands = ("score (percent)", "bits per byte (lower is better)"), None
+    known = {label for scores in drawn.values() for label in scores}
+    panels = {
+        label: [row.label for row in content.rows if row.label in known and row.bits == bits]
+        for label, bits in zip(labels, (False, True), strict=True)
+    }
+    if not known:
+        raise ConfigError("no figure: there is nothing to draw, as no row has a score or none can be compared")
+    plot_benchmarks(drawn, panels, results, path, bands)
+
+
+def _gaps(rows: Sequence[Row], first: Column, second: Column) -> dict[str, tuple[float, float | None]]:
+    found = {row.label: compare(row, first, second) for row in rows}
+    return {label: (one.gap, one.stderr) for label, one in found.items() if one.gap is not None}
 
 
 class _Notes:
@@ -242,7 +253,10 @@ def _html_figure(content: Report) -> str:
         return f"<p>No figure: {escape(problem)}</p>"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
-        _draw(content, path)
+        try:
+            _draw(content, path)
+        except ConfigError as error:
+            return f"<p>{escape(str(error)).capitalize()}</p>"
         data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<p><img alt="scores by benchmark" src="data:image/png;base64,{data}"></p>'
 

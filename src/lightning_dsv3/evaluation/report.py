@@ -116,6 +116,7 @@ class Report:
         rows: The rows.
         columns: The columns; those with a source are results.
         pairs: Columns that are held against each other, as in first minus second.
+        differences: Whether the figure is of the pairs; else of the scores.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Report:
     rows: list[Row]
     columns: list[Column]
     pairs: list[tuple[Column, Column]]
+    differences: bool = False
 
 
 def base_rows() -> list[Row]:
@@ -307,7 +309,7 @@ def ablation_report(results: Sequence[Column], models: Sequence[str]) -> Report:
     columns = [column for b, a in pairs for column in (a, b)]
     remarks = _remarks(rows, rows, results, [(b, a) for a, b in own])
     title = "Evaluation: the DeepSeek-V3 report's Tables 4 and 5"
-    return Report(title, [*tables, _summary(rows, pairs)], remarks, rows, columns, pairs)
+    return Report(title, [*tables, _summary(rows, pairs)], remarks, rows, columns, pairs, differences=True)
 
 
 def _ablation_lines(rows: Sequence[Row], pairs: Sequence[tuple[Column, Column]]) -> tuple[list[str], list[list[Cell]]]:

@@ -215,6 +215,24 @@ def test_scores_are_lm_evals_of_the_weights_of_that_step(tasks):
     assert callback.scores == logger.rows[-1][1]
 
 
+def test_shots_are_drawn_as_lm_eval_does_each_time(tasks, monkeypatch):
+    from lightning_dsv3.evaluation.lm import DSV3LM
+
+    asked: list[list[str]] = []
+    answer = DSV3LM.loglikelihood
+
+    def note(self: Any, requests: Any, disable_tqdm: bool = False) -> Any:
+        asked.append([request.args[0] for request in requests])
+        return answer(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(DSV3LM, "loglikelihood", note)
+    _, module = fit(evaluator(tasks, limit=5, every_n_steps=1), max_steps=2)
+    scores_by_lm_eval(tasks, ["tiny_choice"], module.state_dict(), limit=5)
+    first, second, lm_evals = asked
+    assert first == second == lm_evals
+    assert len({prompt.rpartition("The ")[0] for prompt in first}) > 1
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before the balance", "behind the balance"])
 def test_training_goes_on_as_if_nothing_had_been(tasks, first):
     # Generation draws from torch, shots from Python; the module's modes are mixed on purpose.

@@ -248,7 +248,7 @@ _experts.register_autograd(_backward_of_experts, setup_context=_save_experts)
 def _times(x: Tensor, weight: Tensor, pow2_scales: bool) -> Tensor:
     """Return ``x @ weight`` in float32, x rounded to 1 x 128 tiles; the weight is already what its tiles hold."""
     x = quantize_dequantize_blocks(x, ACTIVATION_BLOCK, pow2_scales)
-    with torch.autocast(x.device.type, enabled=False):  # would round the sums to bfloat16
+    with torch.autocast(x.device.type, enabled=False):  # would round scales and sums to bfloat16
         return x @ weight
 
 
@@ -256,8 +256,7 @@ def _add_outer(total: Tensor, a_nO: Tensor, b_nI: Tensor, pow2_scales: bool) -> 
     """Add ``a^T b`` in float32, both in 128 x 1 tiles."""
     a = quantize_dequantize_blocks(a_nO, TRANSPOSED_BLOCK, pow2_scales)
     b = quantize_dequantize_blocks(b_nI, TRANSPOSED_BLOCK, pow2_scales)
-    with torch.autocast(a.device.type, enabled=False):
-        total.addmm_(a.mT, b)
+    total.addmm_(a.mT, b)  # in place, so autocast leaves it in float32
 
 
 def _experts_with_rows(ends_E: Tensor) -> Iterator[tuple[int, list[slice]]]:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import FSDPStrategy
 from ranks import run_on_ranks
 from tiny_run import assert_same, balance, biases, quiet_trainer, tiny_data, tiny_module, weights
+from tiny_tasks import write_tasks
 
 import lightning_dsv3
 import lightning_dsv3.pytorch_lightning
@@ -27,88 +28,13 @@ from lightning_dsv3.data import load_tokenizer
 
 pytest.importorskip("lm_eval")
 
-UTILS = """
-import datasets
-
-WORDS = ["song", "gate", "old", "sung", "print", "x1", "the", "at"]
-
-
-def load(**_):
-    documents = [
-        {"question": f"The {a} number {i * 7} is", "choices": [WORDS[(i + 1) % 8], WORDS[i % 5]], "gold": i % 2}
-        for i, a in enumerate(WORDS[:7] * 2)
-    ]
-    return {name: datasets.Dataset.from_list(documents[part]) for name, part in
-            (("shots", slice(0, 7)), ("test", slice(7, 14)))}
-"""
-SHARED = """
-custom_dataset: !function utils.load
-test_split: test
-doc_to_text: question
-"""
-TASKS = {
-    # Shots are drawn at random, anew for each document.
-    "tiny_choice": """
-output_type: multiple_choice
-fewshot_split: shots
-num_fewshot: 2
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "tiny_text": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: question
-metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
-""",
-    "tiny_generation": """
-output_type: generate_until
-doc_to_target: "{{choices[gold]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
-filter_list:
-  - {name: first, filter: [{function: take_first}]}
-  - {name: word, filter: [{function: regex, regex_pattern: "(\\\\w+)"}, {function: take_first}]}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-""",
-    "tiny_long": """
-output_type: generate_until
-doc_to_target: ""
-generation_kwargs: {until: ["\\n"], max_gen_toks: 9999}
-metric_list: [{metric: exact_match}]
-""",
-    "tiny_code": """
-output_type: generate_until
-unsafe_code: true
-doc_to_target: ""
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
-metric_list: [{metric: exact_match}]
-""",
-}
-GROUPS = {
-    "tiny_mean": """
-group: tiny_mean
-task: [tiny_choice]
-aggregate_metric_list: [{metric: acc, weight_by_size: true}]
-""",
-    "tiny_all": """
-group: tiny_all
-task: [tiny_mean, tiny_text]
-""",
-}
 PLAIN_KEYS = {"eval/tiny_choice/acc", "eval/tiny_choice/acc_norm"}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "utils.py").write_text(UTILS)
-    for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{SHARED}{text}")
-    for name, text in GROUPS.items():
-        (folder / f"{name}.yaml").write_text(text)
+    write_tasks(folder)
     return folder
 
 

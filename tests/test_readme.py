@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def check_command(words: list[str]) -> None:
 
 
 def check_lm_eval(words: list[str]) -> None:
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(pairwise(words))
     known = {
         name
         for path in (ROOT / "src" / "lightning_dsv3" / "evaluation" / "tasks").rglob("*.yaml")

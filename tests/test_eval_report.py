@@ -161,7 +161,8 @@ def test_any_two_columns_are_counted(write, run):
 
 
 def test_errors_of_differences(write, run):
-    a, b = result({"mmlu": 60.0, "gsm8k": 50.0, "bbh": 40.0}), result({"mmlu": 58.0, "gsm8k": 50.2, "bbh": 30.0})
+    a = result({"mmlu": 60.0, "gsm8k": 50.0, "bbh": 40.0, "c3": 62.8, "ccpm": 62.9})
+    b = result({"mmlu": 58.0, "gsm8k": 50.2, "bbh": 30.0, "c3": 60.0, "ccpm": 60.0})
     a["results"]["dsv3_mmlu"]["acc_ppl_stderr,none"] = 0.03
     b["results"]["dsv3_mmlu"]["acc_ppl_stderr,none"] = 0.04
     b["results"]["dsv3_bbh"]["exact_match_stderr,none"] = "N/A"
@@ -169,6 +170,8 @@ def test_errors_of_differences(write, run):
     gaps = lines_of(out, "Differences: a")
     assert gaps["MMLU (EM)"]["against b"] == "+2.00 ± 5.00 ~"  # 3 and 4 are the legs, and 2 is less than 10
     assert gaps["GSM8K (EM)"]["against b"] == "-0.20 ± 1.41 ="
+    assert gaps["C3 (EM)"]["against b"] == "+2.80 ± 1.41 ~"  # two errors are 2.83
+    assert gaps["CCPM (EM)"]["against b"] == "+2.90 ± 1.41"
     assert gaps["BBH (EM)"]["against b"] == "+10.00"  # one of the errors is not known
     assert gaps["MMLU (EM)"]["against DeepSeek-V3 Base"] == "-27.10 ± 3.00"  # published numbers have none
     assert lines_of(out, "Table 3")["BBH (EM)"]["b"] == "30.0"
@@ -250,6 +253,10 @@ def test_departures_are_marked_and_not_held_against_published_numbers(changes, n
     assert section(out, "Notes").strip().splitlines()[-1] == f"1. {note}"
     assert "CCPM (EM)" not in lines_of(out, "Differences: a")
     assert bold(lines_of(out, "Table 3")["C3 (EM)"]) == {"a"}
+    ours = column(write("a", changed(result({"ccpm": 99.0}), **changes)))
+    theirs = reports.published_column(published.BASE_MODELS["deepseek-v3"], [ROWS["ccpm"]])
+    for pair in ((ours, theirs), (theirs, ours)):
+        assert reports.compare(ROWS["ccpm"], *pair).reason == note
 
 
 def test_languages_that_are_missing_from_a_group_are_named(write, run):

@@ -171,6 +171,11 @@ def test_the_error_of_a_difference_is_of_pairs_where_samples_are_there(real, run
     assert ResultFile(lonely).samples(row, a.scores[row]) is None
     beside.write_text("\n".join(lines), encoding="utf-8")
     assert len(ResultFile(lonely).samples(row, a.scores[row]) or ()) == 24
+    # Samples of other records are no pairs.
+    beside.write_text("\n".join(lines).replace('"doc_hash": "', '"doc_hash": "0'), encoding="utf-8")
+    (others,) = reports.result_columns([(None, lonely)], [row])
+    assert len(others.source.samples(row, others.scores[row])) == 24
+    assert not reports.compare(row, others, b).paired
     beside.write_text("nonsense", encoding="utf-8")
     done = run(lonely, paths[1])
     assert (done.code, done.err.count("\n")) == (2, 1)

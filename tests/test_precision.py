@@ -61,15 +61,15 @@ def run() -> tuple[Any, Any, Losses]:
 
 def test_a_run_learns_as_one_in_bf16():
     def curve(plugin: Any) -> torch.Tensor:
-        trainer = quiet_trainer(losses := Losses(), max_steps=24, max_epochs=-1, plugins=[plugin])
+        trainer = quiet_trainer(losses := Losses(), max_steps=16, max_epochs=-1, plugins=[plugin])
         trainer.fit(fitting_module(), tiny_data())
         return torch.tensor(losses.values)
 
     fp8, bf16 = curve(FP8BlockPrecision()), curve(MixedPrecision("bf16-mixed", "cpu"))
-    assert fp8[:3].mean() - fp8[-5:].mean() > 3
+    assert fp8[:3].mean() - fp8[-5:].mean() > 2
     # The first losses come from the same weights; later ones are two different runs that learn as fast.
     assert 0 < (fp8[0] - bf16[0]).abs() < 0.01 * bf16[0]
-    assert (fp8[-10:].mean() - bf16[-10:].mean()).abs() < 0.05 * bf16[-10:].mean()
+    assert (fp8[-5:].mean() - bf16[-5:].mean()).abs() < 0.02 * bf16[-5:].mean()
 
 
 def test_products_are_fp8_while_the_trainer_works_and_plain_afterwards(run):

@@ -40,6 +40,13 @@ def test_the_format_is_torch_s_own():
     np.testing.assert_array_equal(codes.double().numpy(), CODES)
 
 
+def test_the_quick_conversion_is_torch_s_for_every_code_but_nan():
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
+    finite = ~codes.float().isnan()
+    assert finite.sum() == 254
+    assert torch.equal(quantize._finite_values(codes)[finite], codes.float()[finite])
+
+
 @pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax/448"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", RAGGED, ids=str)

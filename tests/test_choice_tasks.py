@@ -169,6 +169,8 @@ def test_race_has_the_questions_before_it_of_the_same_article(runs):
     assert [context.count("\n\nA:") - 1 for context in contexts] == [0, 1, 2, 3, 4, 5, 5, 0]
     assert all(context.count("Article:") == 1 for context in contexts)
     assert "question 0?\n\nA: Lutz middle 0 w\n\nQ:" in contexts[1]
+    assert "question 4?" in contexts[6]
+    assert "question 5?" not in contexts[6]  # the first five, so that prompts of one article begin alike
     assert "Ober" not in "".join(contexts[:7])
 
 

@@ -262,6 +262,8 @@ def test_rows_that_are_shots_are_not_tested(folder):
     tested = [record["golden"] for record in data.load_records("cmath")]
     assert len(tested) == 597
     assert not {"501", "502", "503"} & set(tested)
+    (checked,) = data.check_data(["cmath"])
+    assert checked.records == 600
     write_rows(folder / "cmath" / "cmath_test.jsonl", rows[:4])
     assert len(data.load_records("cmath")) == 4
 
@@ -281,9 +283,9 @@ def test_window_of_livecodebench(hub):
 def test_exams_say_what_kind_of_answer_they_want():
     from lightning_dsv3.evaluation.data_generation_records import agieval
 
-    base = {"passage": None, "question": "?", "options": ["(A)x", "(B)y", "(C)z"], "answer": None}
+    base = {"passage": None, "question": "?", "options": ["(A)v", "(B)w", "(C)x", "(D)y", "(E)z"], "answer": None}
     (letter,) = agieval(Row({**base, "label": "B"}, "logiqa-zh"))
-    (two,) = agieval(Row({**base, "label": ["C", "A"]}, "gaokao-physics"))
+    (two,) = agieval(Row({**base, "label": ["E", "D", "C", "A"]}, "gaokao-physics"))
     (one,) = agieval(Row({**base, "label": ["C"]}, "jec-qa-kd"))
     (none,) = agieval(Row({**base, "label": []}, "jec-qa-kd"))
     (written,) = agieval(Row({**base, "options": None, "label": None, "answer": "$2$"}, "math"))
@@ -291,7 +293,7 @@ def test_exams_say_what_kind_of_answer_they_want():
     kinds = [(record["kind"], record["answer"]) for record in (letter, two, one, none, written, hub)]
     assert kinds == [
         ("letter", "B"),
-        ("letters", "AC"),
+        ("letters", "ACDE"),
         ("letters", "C"),
         ("letters", ""),
         ("cloze", "$2$"),

@@ -37,8 +37,8 @@ def test_one_content_in_every_kind_of_file(tmp_path):
 
 
 def test_tsv_has_no_header(tmp_path):
-    (tmp_path / "a.tsv").write_text('Is "1" more?\t1\r\n2?\t2,125\n', encoding="utf-8")
-    assert read_rows(tmp_path / "a.tsv") == [{"0": 'Is "1" more?', "1": "1"}, {"0": "2?", "1": "2,125"}]
+    (tmp_path / "a.tsv").write_text('Is "1" more?\t1\r\n2\u2028?\t2,125\n', encoding="utf-8")
+    assert read_rows(tmp_path / "a.tsv") == [{"0": 'Is "1" more?', "1": "1"}, {"0": "2\u2028?", "1": "2,125"}]
 
 
 def test_csv_of_a_spreadsheet(tmp_path):

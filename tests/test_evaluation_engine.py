@@ -49,9 +49,14 @@ def plain_scores(model, sequence):
 
 class TestScoring:
     @settings(max_examples=40, deadline=None)
-    @given(sequences=texts, rows=st.one_of(st.none(), st.integers(1, 4)), tokens=st.integers(1, 40))
-    def test_scores_are_those_of_each_sequence_alone(self, model, sequences, rows, tokens):
-        engine = Engine(model, max_rows=rows, max_tokens=tokens)
+    @given(
+        sequences=texts,
+        rows=st.one_of(st.none(), st.integers(1, 4)),
+        tokens=st.integers(1, 40),
+        shared=st.sampled_from([1, 3, 16]),
+    )
+    def test_scores_are_those_of_each_sequence_alone(self, model, sequences, rows, tokens, shared):
+        engine = Engine(model, max_rows=rows, max_tokens=tokens, min_shared=shared)
         scores = dict(engine.score(sequences))
         assert sorted(scores) == list(range(len(sequences)))
         for number, sequence in enumerate(sequences):
@@ -59,7 +64,10 @@ class TestScoring:
             np.testing.assert_allclose(scores[number].logprobs, logprobs, atol=1e-5)
             assert scores[number].greedy.tolist() == greedy.tolist()
         assert engine.counts.asked == sum(len(sequence) - 1 for sequence in sequences)
-        assert engine.counts.computed == engine.counts.unique == len(unique_prefixes(sequences))
+        assert engine.counts.unique == len(unique_prefixes(sequences))
+        if shared == 1:
+            assert engine.counts.computed == engine.counts.unique
+        assert engine.counts.computed <= engine.counts.asked
 
     @settings(max_examples=30, deadline=None)
     @given(sequences=texts, data=st.data())
@@ -88,6 +96,24 @@ class TestScoring:
         monkeypatch.setattr("lightning_dsv3.evaluation.engine._MOST_LOGITS", 64 * 7)
         for number, scored in Engine(model).score(sequences):
             np.testing.assert_allclose(scored.logprobs, expected[number].logprobs, atol=1e-6)
+
+    def test_rows_of_very_different_lengths_are_not_padded_to_the_longest(self, model):
+        generator = torch.Generator().manual_seed(0)
+        lengths = (400, 390, 12, 9, 8, 7, 6)
+        sequences = [
+            [n, *torch.randint(0, 64, (size - 1,), generator=generator).tolist()] for n, size in enumerate(lengths)
+        ]
+        engine = Engine(model)
+        batches = [
+            [len(node.tokens) for node, _ in batch]
+            for batch in engine._batches([(n, 0) for n in prefix_tree(sequences)])
+        ]
+        assert sorted(map(sorted, batches)) == [[6, 7, 8, 9, 12], [390, 400]]
+
+    def test_a_begin_of_sentence_in_common_is_no_prefix(self, model):
+        engine = Engine(model)
+        dict(engine.score([[0, *range(20, 60)], [0, *range(3, 40)]]))
+        assert engine.counts.computed == engine.counts.unique + 1
 
 
 class TestGenerating:

@@ -18,6 +18,7 @@ __all__ = [
     "DeepSeekV3DataModule",
     "DeepSeekV3Module",
     "ExpertLoadMonitor",
+    "LMEvalCallback",
     "FP8BlockPrecision",
 ]
 
@@ -43,6 +44,10 @@ class AuxFreeBalanceCallback(callbacks.AuxFreeBalanceCallback, pl.Callback):  # 
 
     The plain one works in that package's Trainer too, in a list; this one also alone, and in its LightningCLI.
     """
+
+
+class LMEvalCallback(callbacks.LMEvalCallback, pl.Callback):  # type: ignore[misc]
+    """:class:`lightning_dsv3.callbacks.LMEvalCallback` as a ``pytorch_lightning.Callback``."""
 
 
 class ExpertLoadMonitor(callbacks.ExpertLoadMonitor, pl.Callback):  # type: ignore[misc]

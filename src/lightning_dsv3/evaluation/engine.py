@@ -17,13 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dsv3.evaluation.prefix_tree import Node, count_inputs, path, prefix_tree, walk
+from lightning_dsv3.evaluation.prefix_tree import (
+    Node,
+    count_inputs,
+    path,
+    prefix_tree,
+    walk,
+    without_short_beginnings,
+)
 from lightning_dsv3.inference import Decoder, LatentCache, Sampling, extend
 from lightning_dsv3.metrics import MTPAcceptance
 from lightning_dsv3.model import DeepSeekV3
 
 # Logits that are in memory at a time.
 _MOST_LOGITS = 1 << 25
+# A batch is cut where attention would work on more than so many times its pairs of tokens, if it is worth it.
+_MOST_PADDED = 1.3
+_MOST_PADDING = 100_000
 # Rows that are decoded together, unless the caller says how many.
 _DECODED_ROWS = 64
 
@@ -66,13 +76,17 @@ class Engine:
         model: The model, in evaluation mode.
         max_rows: Rows of a batch at most; None for as many as ``max_tokens`` allows.
         max_tokens: New tokens of a batch at most, if it has more than one row.
+        min_shared: A beginning of fewer tokens is run for each text that has it.
 
     Attributes:
         counts: Tokens so far.
     """
 
-    def __init__(self, model: DeepSeekV3, *, max_rows: int | None = None, max_tokens: int = 4096) -> None:
+    def __init__(
+        self, model: DeepSeekV3, *, max_rows: int | None = None, max_tokens: int = 4096, min_shared: int = 16
+    ) -> None:
         self.model = model
+        self.min_shared = min_shared
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.counts = TokenCounts()
@@ -89,6 +103,7 @@ class Engine:
         roots = prefix_tree(sequences)
         self.counts.asked += sum(len(sequence) - 1 for sequence in sequences)
         self.counts.unique += count_inputs(roots)
+        roots = without_short_beginnings(roots, self.min_shared)
         wanted: dict[Node, int] = {}
         for node in reversed(list(walk(roots))):
             own = [1 if first_scored is None else first_scored[number] for number in node.ends]
@@ -102,7 +117,7 @@ class Engine:
     ) -> Iterator[tuple[int, Scored]]:
         """Score nodes that go on from rows of a cache, and all behind them."""
         yield from (result for node, _ in nodes if not node.num_inputs for result in _finished(node))
-        for batch in self._batches([(node, row) for node, row in nodes if node.num_inputs], by_length=cache is None):
+        for batch in self._batches([(node, row) for node, row in nodes if node.num_inputs]):
             forked = LatentCache(self.model.config, len(batch)) if cache is None else cache.fork([r for _, r in batch])
             hidden = self._extend(forked, [list(node.tokens[: node.num_inputs]) for node, _ in batch])
             self._score_tokens(hidden, [node for node, _ in batch], wanted)
@@ -220,6 +235,7 @@ class Engine:
             return
         roots = prefix_tree(prompts)
         self.counts.unique += sum(len(node.tokens) for node in walk(roots))
+        roots = without_short_beginnings(roots, self.min_shared)
         yield from self._generate_behind(None, [(node, 0) for node in roots], finish)
 
     def _generate_behind(
@@ -234,7 +250,7 @@ class Engine:
         for rows in self._row_batches(sorted(leaves, key=lambda item: -len(item[1])) if cache is None else leaves):
             yield from finish(rows, cache, None)
         shared = [(node, row) for node, row in nodes if node.children or len(node.ends) > 1]
-        for batch in self._batches(shared, by_length=cache is None):
+        for batch in self._batches(shared):
             forked = LatentCache(self.model.config, len(batch)) if cache is None else cache.fork([r for _, r in batch])
             self._extend(forked, [list(node.tokens) for node, _ in batch])
             # A prompt that ends here has its last token read once more, to have something that predicts.
@@ -245,20 +261,24 @@ class Engine:
             if children:
                 yield from self._generate_behind(forked, children, finish)
 
-    def _batches(self, nodes: Sequence[tuple[Node, int]], *, by_length: bool) -> Iterator[list[tuple[Node, int]]]:
-        """Put nodes into batches; those behind a cache keep their order, in which rows that share stand together."""
-        if by_length:
-            nodes = sorted(nodes, key=lambda item: -len(item[0].tokens))
+    def _batches(self, nodes: Sequence[tuple[Node, int]]) -> Iterator[list[tuple[Node, int]]]:
+        """Put nodes of like length into batches; in each, rows that go on from the same one stand together."""
         batch: list[tuple[Node, int]] = []
-        tokens = 0
-        for node, row in nodes:
-            tokens += len(node.tokens)
-            if batch and (tokens > self.max_tokens or len(batch) == self.max_rows):
-                yield batch
-                batch, tokens = [], len(node.tokens)
+        tokens = attended = deepest = 0
+        for node, row in sorted(nodes, key=lambda item: -len(item[0].tokens)):
+            size, end = len(node.tokens), node.depth + len(node.tokens)
+            # Attention alone is padded: to the longest row and the deepest.
+            longest = len(batch[0][0].tokens) if batch else size
+            padded = (len(batch) + 1) * longest * max(deepest, end)
+            excess = padded - attended - size * end
+            uneven = excess > _MOST_PADDING and padded > _MOST_PADDED * (attended + size * end)
+            if batch and (tokens + size > self.max_tokens or len(batch) == self.max_rows or uneven):
+                yield sorted(batch, key=lambda item: item[1])
+                batch, tokens, attended, deepest = [], 0, 0, 0
             batch.append((node, row))
+            tokens, attended, deepest = tokens + size, attended + size * end, max(deepest, end)
         if batch:
-            yield batch
+            yield sorted(batch, key=lambda item: item[1])
 
     def _row_batches(
         self, rows: Sequence[tuple[int, Sequence[int], int]]

@@ -82,6 +82,31 @@ def prefix_tree(sequences: Sequence[Sequence[int]]) -> list[Node]:
     return roots
 
 
+def without_short_beginnings(roots: Sequence[Node], least: int) -> list[Node]:
+    """Put beginnings of fewer than ``least`` tokens in front of their continuations again, if those are longer.
+
+    A begin of sentence that all texts have is not worth a pass and a fork: what follows it would attend to a cache,
+    and not to itself alone as the first tokens of a text do.
+
+    Example:
+        >>> roots = without_short_beginnings(prefix_tree([[0, 1, 2, 5], [0, 3, 4, 6]]), 2)
+        >>> [(list(node.tokens), node.depth) for node in roots]
+        [([0, 1, 2, 5], 0), ([0, 3, 4, 6], 0)]
+    """
+    kept = []
+    pending = list(reversed(roots))
+    while pending:
+        node = pending.pop()
+        shortest = min((child.num_inputs for child in node.children), default=0)
+        if node.ends or len(node.tokens) >= least or shortest < least:
+            kept.append(node)
+            continue
+        for child in reversed(node.children):
+            child.tokens, child.depth, child.parent = [*node.tokens, *child.tokens], node.depth, node.parent
+            pending.append(child)
+    return kept
+
+
 def walk(nodes: Sequence[Node]) -> Iterator[Node]:
     """Yield nodes and all behind them, each before those behind it."""
     pending = list(reversed(nodes))

@@ -18,8 +18,8 @@ __all__ = [
     "DeepSeekV3DataModule",
     "DeepSeekV3Module",
     "ExpertLoadMonitor",
-    "LMEvalCallback",
     "FP8BlockPrecision",
+    "LMEvalCallback",
 ]
 
 # Each package declares its hooks with its own types, which mypy holds against what inherits from both.

@@ -22,7 +22,7 @@ _ANSWER = datasets.ClassLabel(names=list("ABCD"))
 _MMLU_FEATURES = datasets.Features(
     {
         "question": datasets.Value("string"),
-        "choices": datasets.List(datasets.Value("string")),
+        "choices": [datasets.Value("string")],
         "answer": _ANSWER,
         "subject": datasets.Value("string"),
     }

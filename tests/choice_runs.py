@@ -31,6 +31,8 @@ class Fixed(LM):
         return [self.likelihood(request) for request in requests]
 
     def loglikelihood_rolling(self, requests):
+        for request in requests:
+            self.requests[request.task_name].append(request)
         return [self.likelihood(request) for request in requests]
 
     generate_until = None

@@ -352,7 +352,13 @@ def test_bits_per_byte_are_over_all_bytes(hub, manager):
     for row in records.PILE:
         name = {"Pile-CC": "pile_cc", "Github": "github"}.get(row["meta"]["pile_set_name"], "gutenberg_pg_19")
         texts[name] += [row["text"]] if row["text"] else []
-    results, _ = evaluate(manager, ["dsv3_pile_test"], lambda request: -2.0 * len(request.args[0]) ** 1.5)
+    results, requests = evaluate(manager, ["dsv3_pile_test"], lambda request: -2.0 * len(request.args[0]) ** 1.5)
+    assert [request.args for request in requests["dsv3_pile_test"]] == [
+        (row["text"],) for row in records.PILE if row["text"]
+    ]
+
+    golden = (GOLDEN / "dsv3_pile_test.txt").read_text(encoding="utf-8")
+    assert requests["dsv3_pile_test"][0].args[0] + "<END>\n" == golden
 
     def expected(chosen):
         nats = sum(2.0 * len(text) ** 1.5 for text in chosen)
@@ -413,5 +419,7 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         replace_hub(patch)
         prompts = evaluate(manager_of(), CHOICE, knowing)[1]
+        prompts |= evaluate(manager_of(), ["dsv3_pile_test"], lambda request: -1.0)[1]
+    (GOLDEN / "dsv3_pile_test.txt").write_text(prompts["dsv3_pile_test"][0].args[0] + "<END>\n", encoding="utf-8")
     for task in CHOICE:
         (GOLDEN / f"{task}.txt").write_text(rendered(prompts, task), encoding="utf-8")

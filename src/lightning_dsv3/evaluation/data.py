@@ -361,16 +361,11 @@ def coverage(benchmark: str, subset: str | None = None) -> Coverage:
     subsets = [subset] if subset is not None else list(entry.subsets or ("",))
     folder = data_folder()
     if folder is None:
-        path = entry.test.hub.path
-        file = entry.test.hub.files[0] if entry.test.hub.files else ""
-        there = not _is_offline() or _is_downloaded(entry)
-        missing = "" if there else f"{path} has not been downloaded and the hub is switched off"
-        return Coverage(
-            file if "://" in file else f"hub: {path}",
-            tuple(subsets if there else ()),
-            tuple(() if there else subsets),
-            missing,
-        )
+        hub = entry.test.hub
+        source = hub.files[0] if hub.files and "://" in hub.files[0] else f"hub: {hub.path}"
+        if not _is_offline() or _is_downloaded(entry):
+            return Coverage(source, tuple(subsets), ())
+        return Coverage(source, (), tuple(subsets), f"{source} has not been downloaded and the hub is switched off")
     parts = [entry.test]
     if entry.needs_pool and (entry.pool or entry.pool_of):
         parts.append(_split(benchmark, "shots"))

@@ -362,7 +362,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         _GEN,
         "exact_match",
         3,
-        "CC BY 4.0",
+        "MIT or CC BY 4.0 (both are stated)",
         "cmath",
         Split(Hub("weitianwen/cmath", files=["cmath_test.jsonl"]), ["cmath_test|cmath_dev"], generation.cmath),
         Split(

@@ -93,6 +93,23 @@ def test_any_file_that_begins_with_the_stem_counts(folder):
     assert [record["answer"] for record in data.load_records("ccpm")] == [0, 2]
 
 
+def test_files_that_lie_beside_the_records_are_left_alone(folder):
+    write_rows(folder / "winogrande" / "dev.jsonl", choice_records.WINOGRANDE["validation"])
+    (folder / "winogrande" / "dev-labels.lst").write_text("1\n2\n")
+    write_rows(folder / "gsm8k" / "test.jsonl", generation_records.GSM8K["test"])
+    write_rows(folder / "gsm8k" / "test_socratic.jsonl", [{"question": "?", "answer": "Why? #### 1"}])
+    for name in ("dev_0", "dev_few_all"):
+        rows = [{**row, "label": str(row["label"]).lower()} for row in generation_records.CLUEWSC["validation"]]
+        write_rows(folder / "cluewsc" / f"{name}.json", rows)
+    files = {name: data.used_files(name) for name in ("winogrande", "gsm8k", "cluewsc")}
+    assert files == {
+        "winogrande": ["winogrande/dev.jsonl"],
+        "gsm8k": ["gsm8k/test.jsonl"],
+        "cluewsc": ["cluewsc/dev_few_all.json"],
+    }
+    assert len(data.load_records("cluewsc")) == len(generation_records.CLUEWSC["validation"])
+
+
 def test_a_file_belongs_to_the_longest_stem(folder):
     names = ["sat-en", "sat-en-without-passage", "sat-math", "math"]
     for name in names:
@@ -204,7 +221,13 @@ def test_files_and_hub_give_the_same_records(hub, folder, monkeypatch):
         for row in generation_records.CMRC
     ]
     write_json(folder / "cmrc2018" / "cmrc2018_dev.json", {"data": [{"paragraphs": cmrc}]})
-    names = ["c3", "race_middle", "piqa", "drop", "triviaqa", "cmrc"]
+    arc = []
+    for row in choice_records.ARC["test"]:
+        pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+        stem = {"stem": row["question"], "choices": [{"text": text, "label": label} for text, label in pairs]}
+        arc.append({"id": row["id"], "question": stem, "answerKey": row["answerKey"]})
+    write_json(folder / "arc" / "ARC-Easy-Test.json", arc)
+    names = ["c3", "race_middle", "arc_easy", "piqa", "drop", "triviaqa", "cmrc"]
     of_files = {name: data.load_records(name) for name in names}
     monkeypatch.delenv("LIGHTNING_DSV3_DATA")
     for name in names:

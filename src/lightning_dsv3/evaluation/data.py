@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_dsv3.evaluation.data_files import DataError, Raw, matching, read_rows
+from lightning_dsv3.evaluation.data_files import DataError, Raw, matching, read_labels, read_rows
 from lightning_dsv3.evaluation.data_records import FieldError, Record, Row
 from lightning_dsv3.evaluation.data_table import BENCHMARKS, Benchmark, Hub, Split
 
@@ -198,7 +198,7 @@ def _origins(benchmark: str, part: Split, subset: str) -> list[_Origin]:
     files = _files(benchmark, part, subset)
     if not files:
         raise _missing(benchmark, part, subset)
-    read = [(path, _with_labels(benchmark, part, path, read_rows(path))) for path in files]
+    read = [(path, _with_labels(part, path, read_rows(path))) for path in files]
     _refuse_twins(read)
     entry = BENCHMARKS[benchmark]
     chosen = part.hub.rows
@@ -219,17 +219,17 @@ def _choose(path: Path, rows: list[Raw], chosen: Sequence[int]) -> list[Raw]:
     return [rows[number] for number in chosen]
 
 
-def _with_labels(benchmark: str, part: Split, path: Path, rows: list[Raw]) -> list[Raw]:
+def _with_labels(part: Split, path: Path, rows: list[Raw]) -> list[Raw]:
     if part.labels is None or not rows or "label" in rows[0]:
         return rows
     ending = path.name.removeprefix(part.files[0]).partition(".json")[0]
-    found = [file for file in matching(path.parent, part.labels) if file.stem == part.labels + ending]
-    if not found:
-        raise MissingDataError(f"{path.parent}/{part.labels}{ending}.lst is missing: the labels of {path.name}")
-    labels = read_rows(found[0])
+    file = path.with_name(f"{part.labels}{ending}.lst")
+    if not file.is_file():
+        raise MissingDataError(f"{file} is missing: the labels of {path.name}")
+    labels = read_labels(file)
     if len(labels) != len(rows):
-        raise DataError(f"{found[0]}: has {len(labels)} labels for {len(rows)} records of {path.name}")
-    return [{**row, "label": label["0"]} for row, label in zip(rows, labels, strict=True)]
+        raise DataError(f"{file}: has {len(labels)} labels for {len(rows)} records of {path.name}")
+    return [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
 
 
 def _refuse_twins(read: Sequence[tuple[Path, Sequence[Raw]]]) -> None:
@@ -257,14 +257,15 @@ def _files(benchmark: str, part: Split, subset: str) -> list[Path]:
 
 def _all_stems(benchmark: str, part: Split) -> list[str]:
     """Every stem in a benchmark's folder: a file belongs to the longest that it begins with."""
-    folder, stems = _folder(benchmark, part), []
+    folder = _folder(benchmark, part)
+    stems: list[str] = []
     for name, entry in BENCHMARKS.items():
         if folder.name != entry.folder:
             continue
+        stems += entry.others
         for other in filter(None, (entry.test, entry.pool)):
             for subset in entry.subsets or ("",):
                 stems += [stem for stems in _stems(name, other, subset) for stem in stems]
-            stems += [other.labels] if other.labels else []
     return stems
 
 

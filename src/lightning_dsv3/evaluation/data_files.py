@@ -62,6 +62,11 @@ def read_rows(path: Path) -> list[Raw]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
+def read_labels(path: Path) -> list[str]:
+    """Return the lines of a file with one label in each."""
+    return _text(path).split()
+
+
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
@@ -164,5 +169,4 @@ _READERS = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
-    ".lst": _read_tsv,
 }

@@ -203,12 +203,17 @@ def cmmlu(row: Row) -> Iterator[Record]:
 
 
 def arc(row: Row) -> Iterator[Record]:
-    """ARC: three to five options, lettered or numbered."""
-    options = row.row("choices")
-    choices, labels = options.texts("text", least=2), options.texts("label", least=2)
+    """ARC: three to five options, lettered or numbered; lists on the hub, objects within the question as published."""
+    if isinstance(row.fields.get("question"), dict):
+        stem = row.row("question")
+        question, options = stem.text("stem"), stem.rows("choices")
+        choices, labels = [[one.text(name) for one in options] for name in ("text", "label")]
+    else:
+        question, lists = row.text("question"), row.row("choices")
+        choices, labels = [lists.texts(name, least=2) for name in ("text", "label")]
     if len(choices) != len(labels):
         raise FieldError("choices", f"must have as many labels as texts, not {labels!r}")
-    return _question(row.text("question"), choices, row.option("answerKey", labels))
+    return _question(question, choices, row.option("answerKey", labels))
 
 
 def hellaswag(row: Row) -> Iterator[Record]:

@@ -46,7 +46,7 @@ class Split:
             where there is no ``a``.
         read: Makes records of a published one.
         keep: Which records belong to the split.
-        labels: Beginning of the names of files with one label a line, where labels are apart.
+        labels: Beginning of the names of files (``.lst``) with one label a line, where labels are apart.
     """
 
     hub: Hub
@@ -72,6 +72,7 @@ class Benchmark:
         subsets: Subjects, languages or exams that are files or configurations of their own.
         size: Records of the whole of ``test`` (of each language, where it has several), where known.
         pool_of: The benchmark whose pool is taken.
+        others: Beginnings of the names of files that lie beside these and belong to neither part.
         needs_pool: Where the pool is not at hand, no shots can be other records of ``test``.
     """
 
@@ -86,6 +87,7 @@ class Benchmark:
     subsets: Sequence[str] = ()
     size: int | None = None
     pool_of: str | None = None
+    others: Sequence[str] = ()
     needs_pool: bool = True
 
 
@@ -334,6 +336,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Hub("openai/gsm8k", "train", "main", rows=_GSM8K_SHOTS), ["train.v2_report_8shots|train"], generation.gsm8k
         ),
         size=1319,
+        others=["train_socratic", "test_socratic"],
     ),
     "math": Benchmark(
         "MATH",
@@ -378,8 +381,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         5,
         "none stated",
         "cluewsc",
-        Split(Hub("clue/clue", "validation", "cluewsc2020"), ["dev"], generation.cluewsc),
-        Split(Hub("clue/clue", "train", "cluewsc2020"), ["train"], generation.cluewsc),
+        Split(Hub("clue/clue", "validation", "cluewsc2020"), ["dev_few_all|dev"], generation.cluewsc),
+        Split(Hub("clue/clue", "train", "cluewsc2020"), ["train_few_all|train"], generation.cluewsc),
     ),
     "ceval": Benchmark(
         "C-Eval",

@@ -33,7 +33,8 @@ class FP8Monitor(Callback):
     ===========================================  ===================================================================
 
     The key without ``<module>/`` has the largest of all modules. Ranks are averaged, the largest is that of all ranks.
-    The first micro-batch of a step is measured, which costs about as much as rounding its operands once more.
+    The first micro-batch of a step is measured, which costs about as much as rounding its operands once more. The hooks
+    that measure split the graphs of ``torch.compile``.
 
     Args:
         every_n_steps: Optimizer steps from one measurement to the next; the first step is measured.

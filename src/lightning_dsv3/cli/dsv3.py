@@ -33,7 +33,7 @@ commands:
   presets   the models that model=NAME selects: parameters, layers, experts, context
   config    the whole configuration of a run, checked, as YAML; --plot draws its schedules
   corpus    the text that a run trains on: sources, sizes, licences, what is there and what is not
-  report    a run folder as one HTML page, figures included
+  report    a run folder as one HTML page; "report eval": results beside the report's tables
   generate  text from a checkpoint of any kind, with drafts where asked
   eval      a checkpoint on the report's benchmarks; the benchmarks themselves, and what a training text holds of them
   plan      redundant experts for serving, planned from measured loads; a drift of the load replayed through plans

@@ -1,6 +1,7 @@
-"""What acts on a built model from outside and changes no result: activation checkpointing and compilation."""
+"""What acts on a built model from outside: activation checkpointing and compilation, which change no result, and FP8."""
 
 from lightning_dsv3.parallel.activation_checkpointing import checkpoint_blocks
 from lightning_dsv3.parallel.compilation import compile_model
+from lightning_dsv3.parallel.fp8 import FP8Conversion, convert_from_fp8, convert_to_fp8
 
-__all__ = ["checkpoint_blocks", "compile_model"]
+__all__ = ["FP8Conversion", "checkpoint_blocks", "compile_model", "convert_from_fp8", "convert_to_fp8"]

@@ -1,4 +1,4 @@
-"""What acts on a built model from outside: activation checkpointing and compilation, which change no result, and FP8."""
+"""What acts on a built model from outside: activation checkpointing, compilation (which change no result), and FP8."""
 
 from lightning_dsv3.parallel.activation_checkpointing import checkpoint_blocks
 from lightning_dsv3.parallel.compilation import compile_model

@@ -93,7 +93,7 @@ def short_names(layers: Sequence[str]) -> list[str]:
         >>> short_names(["model.blocks.3.gate", "model.blocks.12.gate"])
         ['layer 3', 'layer 12']
         >>> short_names(["encoder.blocks.0.gate", "decoder.blocks.0.gate"])
-        ['encoder.blocks.0', 'decoder.blocks.0']
+        ['encoder', 'decoder']
     """
     if not any("." in name for name in layers):
         return [re.sub(r"_(\d+)$", r" \1", name) for name in layers]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -111,10 +112,18 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
             return PurePosixPath  # the folder that it was written to, which nobody asks for
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how some versions of Python write an enum's member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in self._ALLOWED:
             raise CheckpointError(f"holds {module}.{name}, which is not loaded, as unpickling it could run anything")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise CheckpointError("holds builtins.getattr, which is not loaded, as unpickling it could run anything")
+    return kind[name]
 
 
 def _first_line(error: object) -> str:

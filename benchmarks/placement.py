@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from train_step import processor
 
 from lightning_dsv3.inference.placement import Placement, lower_bound, plan_placement
 
@@ -167,15 +168,6 @@ def timed(load: np.ndarray, policy: str, cluster: dict[str, int]) -> tuple[Place
     start = time.perf_counter()
     placement = plan_placement(load, policy=policy, **cluster)
     return placement, 1e3 * (time.perf_counter() - start)
-
-
-def processor() -> str:
-    """Name the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

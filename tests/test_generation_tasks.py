@@ -20,9 +20,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lightning_dsv3.evaluation import code_tasks, generation_shots, livecodebench
+from lightning_dsv3.evaluation.choice_tasks import macro_mean
 from lightning_dsv3.evaluation.execution import Executor
 from lightning_dsv3.evaluation.generation_prompts import AGIEVAL_CHINESE, MGSM_WORDS
-from lightning_dsv3.evaluation.generation_scores import macro_mean, run_cruxeval_o
+from lightning_dsv3.evaluation.generation_scores import run_cruxeval_o
 from lightning_dsv3.evaluation.scoring.mathematics import extract_answer
 
 FOLDER = ROOT / "src" / "lightning_dsv3" / "evaluation" / "tasks"

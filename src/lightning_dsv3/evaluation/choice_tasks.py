@@ -56,7 +56,7 @@ def _splits(tested: Iterable[Document], shots: Iterable[Document] | None = None)
     return splits
 
 
-def _in_turn(groups: Iterable[Sequence[T]]) -> Iterator[T]:
+def in_turn(groups: Iterable[Iterable[T]]) -> Iterator[T]:
     """One record of each group, then the next of each: any ``--limit`` sees all groups."""
     for row in zip_longest(*groups):
         yield from (record for record in row if record is not None)
@@ -93,7 +93,7 @@ def _by_subject(
     metadata: Mapping[str, Any],
 ) -> Splits:
     """Each subject has its own shots; without a pool, other records of the subject."""
-    records = list(_in_turn([[{**record, "subject": name} for record in records] for name, records in tested.items()]))
+    records = list(in_turn([[{**record, "subject": name} for record in records] for name, records in tested.items()]))
     documents = [
         _document(prompt(record), number, record["subject"], record["subject"]) for number, record in enumerate(records)
     ]

@@ -5,8 +5,7 @@ The rules are in `lightning_dsv3.evaluation.scoring`; here they meet the columns
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_dsv3.evaluation import code_tasks, scoring
@@ -75,18 +74,6 @@ def score_cmrc(document: Document, results: Sequence[str]) -> Scores:
 def _with_subset(document: Document, scores: Mapping[str, float], metric: str) -> Scores:
     subset, value = document["subset"], scores[metric]
     return {**scores, f"{metric}_macro": (subset, value), f"{metric}_{subset}": value}
-
-
-def macro_mean(items: Iterable[tuple[str, float]]) -> float:
-    """Mean over subsets of the means within each.
-
-    >>> macro_mean([("a", 1.0), ("a", 0.0), ("a", 1.0), ("a", 0.0), ("b", 1.0)])
-    0.75
-    """
-    values = defaultdict(list)
-    for subset, value in items:
-        values[subset].append(value)
-    return sum(sum(group) / len(group) for group in values.values()) / len(values)
 
 
 # Programs. A filter has all generations of a run at once and so runs several at a time; lm-eval comes to it only after

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 import datasets
@@ -20,6 +19,7 @@ from lm_eval.api.samplers import ContextSampler
 
 from lightning_dsv3.evaluation import generation_prompts as prompts
 from lightning_dsv3.evaluation import generation_shots as examples
+from lightning_dsv3.evaluation.choice_tasks import in_turn
 from lightning_dsv3.evaluation.data import found, load_records, load_subsets
 from lightning_dsv3.evaluation.generation_prompts import Record, Turn
 
@@ -90,12 +90,6 @@ def _as_shots(turns: Iterable[Turn]) -> list[dict[str, str]]:
     return [{"text": turn.text, "target": turn.target} for turn in turns]
 
 
-def _in_turn(groups: Iterable[Iterable[Document]]) -> Iterator[Document]:
-    """One document of each group, then the next of each: any ``--limit`` sees all groups."""
-    for row in zip_longest(*groups):
-        yield from (document for document in row if document is not None)
-
-
 # Worked examples that are the same for every record of a kind
 
 
@@ -110,7 +104,7 @@ def load_bbh(**metadata: Any) -> dict[str, datasets.Dataset]:
             turn = prompts.bbh(record["input"], f"So the answer is {record['target']}.")
             yield _document(turn, header, shots=shots, gold=record["target"], subset=subset)
 
-    return _split(_in_turn(documents(*item) for item in load_subsets("bbh").items()))
+    return _split(in_turn(documents(*item) for item in load_subsets("bbh").items()))
 
 
 def load_livecodebench(**metadata: Any) -> dict[str, datasets.Dataset]:
@@ -170,7 +164,7 @@ def load_math(**metadata: Any) -> dict[str, datasets.Dataset]:
     for record in load_records("math"):
         subject = record["type"].lower().replace("&", "and").replace(" ", "_")
         subjects[subject].append(_document(prompts.math(record), gold=record["solution"], subset=subject))
-    return _split(_in_turn(subjects.values()), _draw(worked, worked, metadata))
+    return _split(in_turn(subjects.values()), _draw(worked, worked, metadata))
 
 
 def load_cmath(**metadata: Any) -> dict[str, datasets.Dataset]:
@@ -333,7 +327,7 @@ def load_agieval(part: str, **_: Any) -> dict[str, datasets.Dataset]:
     ]
     # A local folder may have some of the exams.
     exams = load_subsets("agieval", subsets=[exam for exam in wanted if found("agieval", exam)] or wanted)
-    return _split(_in_turn([_agieval(name, record) for record in exam] for name, exam in exams.items()))
+    return _split(in_turn([_agieval(name, record) for record in exam] for name, exam in exams.items()))
 
 
 def _agieval(subset: str, record: Record) -> Document:

@@ -3,6 +3,7 @@
 from lightning_dsv3.config.balance import AlphaArgs, AuxFreeArgs, AuxLossArgs, BalanceArgs, V2Args
 from lightning_dsv3.config.batch_ramp import BatchRamp, BatchSizes
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
+from lightning_dsv3.config.kernels import KERNELS, KernelConfig
 from lightning_dsv3.config.model import DeepSeekV3Config, ParameterCount
 from lightning_dsv3.config.presets import preset_names, read_preset
 from lightning_dsv3.config.run import (
@@ -17,6 +18,7 @@ from lightning_dsv3.config.run import (
 from lightning_dsv3.config.schedule import Mark, Schedule
 
 __all__ = [
+    "KERNELS",
     "AlphaArgs",
     "AuxFreeArgs",
     "AuxLossArgs",
@@ -26,6 +28,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DeepSeekV3Config",
+    "KernelConfig",
     "Mark",
     "OptimizerConfig",
     "ParameterCount",

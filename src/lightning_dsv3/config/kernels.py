@@ -10,6 +10,7 @@ this machine would take, and why.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
@@ -60,3 +61,17 @@ class KernelConfig:
             choice, choices = getattr(self, field.name), (AUTO, *KERNELS[field.name])
             if choice not in choices:
                 raise ConfigError(f"kernels.{field.name}={choice!r}: {did_you_mean(str(choice), choices)}")
+
+    @classmethod
+    def from_dict(cls, names: Mapping[str, str]) -> KernelConfig:
+        """Build from names by operation; an unknown operation is an error.
+
+        >>> KernelConfig.from_dict({"router": "torch"}).router
+        'torch'
+        """
+        for op in names:
+            if op not in KERNELS:
+                raise ConfigError(
+                    f"kernels.{op}={names[op]!r}: there is no such operation; {did_you_mean(op, KERNELS)}"
+                )
+        return cls(**names)

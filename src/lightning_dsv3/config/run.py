@@ -5,6 +5,7 @@
     config=runs/x/config.yaml                lay a whole run's file over the presets
     resume=runs/x                            go on with a run: its file is laid over the presets as well
     model.hidden_size=320 seed=7             change anything; the order of the words does not matter
+    kernels.router=torch                     force an implementation (docs/kernels.md)
 
 Every word is checked before anything is built: an unknown key, a value of the wrong type or an impossible value is
 one :class:`ConfigError` that names the key, the value and the fix.
@@ -25,6 +26,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from lightning_dsv3.config.balance import BalanceArgs, check_balance
 from lightning_dsv3.config.batch_ramp import BatchRamp, BatchSizes
 from lightning_dsv3.config.errors import ConfigError, did_you_mean
+from lightning_dsv3.config.kernels import KernelConfig
 from lightning_dsv3.config.model import DeepSeekV3Config
 from lightning_dsv3.config.presets import GROUPS, read_preset, read_yaml
 from lightning_dsv3.config.schedule import Mark, Schedule
@@ -267,6 +269,7 @@ class RunConfig:
         data: The corpus.
         balance: Any of aux_free, sequence, batch, global_batch, v2, cv2 and z.
         balance_args: Parameters of each of them.
+        kernels: Implementation of each operation, as in ``kernels.router=torch``; ``auto`` takes the best that can.
         trainer: Arguments of Lightning's Trainer, as in ``trainer.max_steps=10``.
         loggers: Any of csv, tensorboard and wandb. ``metrics.csv`` is written in any case.
     """
@@ -280,6 +283,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     balance: list[str] = field(default_factory=lambda: ["aux_free", "sequence"])
     balance_args: BalanceArgs = field(default_factory=BalanceArgs)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     loggers: list[str] = field(default_factory=lambda: ["csv"])
 

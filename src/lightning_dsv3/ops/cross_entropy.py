@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dsv3.ops import liger
+from lightning_dsv3.ops.backends import chosen
+
 IGNORE_INDEX = -100
 # Logits alive at once, in float32: 8 MB, which a CPU keeps in its cache; on a GPU 1 GB, as its products want many rows.
 _CHUNK_ELEMENTS = 1 << 21
@@ -51,7 +54,10 @@ def linear_cross_entropy(
     hidden_ND, weight_VD = head_operands(hidden_ND, weight_VD)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-        loss, token_losses = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, denominator, needs_grad)
+        # An empty batch is nothing that a kernel could be launched for.
+        by_liger = chosen("cross_entropy", hidden_ND) == "liger" and len(hidden_ND) > 0
+        form = _LigerLinearCrossEntropy if by_liger else _LinearCrossEntropy
+        loss, token_losses = form.apply(hidden_ND, weight_VD, targets_N, denominator, needs_grad)
     return HeadLoss(loss, token_losses)
 
 
@@ -128,6 +134,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
+
+
+class _LigerLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, denominator, needs_grad):  # type: ignore[no-untyped-def]
+        token_losses, grad_hidden, grad_weight = liger.linear_cross_entropy_sum(
+            hidden_ND, weight_VD, targets_N, IGNORE_INDEX, needs_grad
+        )
+        ctx.save_for_backward(grad_hidden, grad_weight, denominator)
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses.sum() / denominator, token_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_weight, denominator = ctx.saved_tensors
+        factor = grad_loss / denominator
+        return grad_hidden * factor, grad_weight * factor, None, None, None
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -28,10 +30,30 @@ class Library(NamedTuple):
     reason: str | None
 
 
-def _gpu_reason() -> str | None:
+class _Recipe(NamedTuple):
+    """How a library is had: the module to import, its package, how that is installed, what must be true besides."""
+
+    module: str
+    package: str
+    install: str
+    machine: Callable[[], str | None] = lambda: None
+    loaded: Callable[[ModuleType], str | None] = lambda module: None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def gpu_reason() -> str | None:
+    """Return why no CUDA device can be used; None where one can."""
     if not torch.cuda.is_available():
         return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
     return None
+
+
+def _gpu_or_interpreter_reason() -> str | None:
+    return None if is_interpreted() else gpu_reason()
 
 
 def _block_scaling_reason(module: ModuleType) -> str | None:
@@ -39,13 +61,33 @@ def _block_scaling_reason(module: ModuleType) -> str | None:
     return None if available else reason or "no FP8 block scaling here"
 
 
-# Module to import, what the machine must have, what the module itself says.
-_LIBRARIES: dict[str, tuple[str, Callable[[], str | None] | None, Callable[[ModuleType], str | None] | None]] = {
-    "triton": ("triton", None, None),
-    "liger_kernel": ("liger_kernel.ops", _gpu_reason, None),
-    "flash_attn_3": ("flash_attn_interface", _gpu_reason, None),
-    "transformer_engine": ("transformer_engine.pytorch", _gpu_reason, _block_scaling_reason),
+def _liger_reason(module: ModuleType) -> str | None:
+    # Its kernels' arguments change between releases, and a wrong one need not be an error.
+    version = importlib.metadata.version("liger-kernel")
+    return None if version.startswith("0.8.") else f"liger-kernel {version} is not 0.8, which its use is written for"
+
+
+LIBRARIES: dict[str, _Recipe] = {
+    "triton": _Recipe("triton", "triton", "pip install triton"),
+    "liger_kernel": _Recipe(
+        "liger_kernel.ops",
+        "liger-kernel",
+        "pip install 'liger-kernel==0.8.*'",
+        _gpu_or_interpreter_reason,
+        _liger_reason,
+    ),
+    "flash_attn_3": _Recipe(
+        "flash_attn_interface", "flash-attn-3", "build it from the folder hopper/ of flash-attention", gpu_reason
+    ),
+    "transformer_engine": _Recipe(
+        "transformer_engine.pytorch",
+        "transformer-engine",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]==2.20.*', after a torch with CUDA",
+        gpu_reason,
+        _block_scaling_reason,
+    ),
 }
+"""The optional libraries, by the names that :func:`library` takes."""
 
 
 @functools.cache
@@ -55,15 +97,21 @@ def library(name: str) -> Library:
     Args:
         name: ``triton``, ``liger_kernel``, ``flash_attn_3`` or ``transformer_engine``.
     """
-    module_name, machine_reason, own_reason = _LIBRARIES[name]
-    if machine_reason is not None and (reason := machine_reason()):
-        return Library(None, reason)
+    recipe = LIBRARIES[name]
     try:
-        module = importlib.import_module(module_name)
-        reason = own_reason(module) if own_reason is not None else None
+        # Transformer Engine imports without a driver and then fails at every call.
+        if reason := recipe.machine():
+            return Library(None, reason)
+        module = importlib.import_module(recipe.module)
+        reason = recipe.loaded(module)
     except ModuleNotFoundError as error:
-        package = module_name.partition(".")[0]
-        return Library(None, f"{package} is not installed" if error.name == package else f"{package}: {error}")
+        if error.name == recipe.module.partition(".")[0]:
+            return Library(None, f"not installed ({recipe.install})")
+        return Library(None, f"{recipe.module} does not load: {error}")
     except Exception as error:
-        return Library(None, f"{module_name} does not load: {type(error).__name__}: {error}")
+        return Library(None, f"{recipe.module} does not load: {type(error).__name__}: {_first_line(error)}")
     return Library(None if reason else module, reason)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dsv3.ops import liger
+from lightning_dsv3.ops.backends import chosen
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
@@ -21,6 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         Like ``x``; computed in float32 (float64 for float64). On a CPU it can be differentiated once.
     """
+    if chosen("norm", x) == "liger":
+        return liger.rms_norm(x, weight, eps)
     if x.device.type == "cpu":
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, weight, eps)

@@ -17,6 +17,7 @@ from torch import distributed
 
 from lightning_dsv3 import DeepSeekV3DataModule, DeepSeekV3Module
 from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder, StepProgressBar
+from lightning_dsv3.callbacks.kernel_choice import KernelChoice
 from lightning_dsv3.cli.trainer_arguments import trainer_arguments
 from lightning_dsv3.config import ConfigError, load_run_config
 from lightning_dsv3.parallel import checkpoint_blocks, compile_model
@@ -49,6 +50,7 @@ def main() -> None:
             monitor,
             run,
             StepProgressBar(),
+            KernelChoice(config.kernels),
             ModelCheckpoint(
                 dirpath=run.path / "checkpoints", filename="step-{step}", auto_insert_metric_name=False,
                 every_n_train_steps=train.validate_every_steps, save_last=True,

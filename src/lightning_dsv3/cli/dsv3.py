@@ -37,6 +37,7 @@ commands:
   generate  text from a checkpoint of any kind, with drafts where asked
   eval      a checkpoint on the report's benchmarks; the benchmarks themselves, and what a training text holds of them
   plan      redundant experts for serving, planned from measured loads; a drift of the load replayed through plans
+  doctor    what this machine can do, and which implementation each operation takes here, with the reasons
 
 "dsv3 COMMAND --help" tells more, with examples. "python -m lightning_dsv3 COMMAND" is the same.
 A run is started by "lightning run model examples/train.py [key=value ...]", which takes the same words.
@@ -46,6 +47,7 @@ _WORDS = """\
 key=value words, in any order:
   model=NAME|FILE  train=NAME|FILE  study=NAME|FILE   select a preset, or a YAML file of your own
   model.hidden_size=320  train.total_tokens=2000000   change one value of it
+  kernels.router=torch                                force an implementation; "dsv3 doctor" shows all of them
   config=FILE                                         lay a whole run's YAML over the presets
 """
 
@@ -241,6 +243,13 @@ def plan(words: Sequence[str]) -> int:
     return run_plan(words)
 
 
+def doctor(words: Sequence[str]) -> int:
+    """Print what this machine can do."""
+    from lightning_dsv3.cli.doctor import doctor as run_doctor
+
+    return run_doctor(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "presets": presets,
     "config": config,
@@ -249,6 +258,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate,
     "eval": evaluate,
     "plan": plan,
+    "doctor": doctor,
 }
 
 

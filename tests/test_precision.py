@@ -118,7 +118,7 @@ def test_the_list_is_told_once(caplog):
         trainer.validate(module, tiny_data(), verbose=False)
     told = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
     assert len(told) == 1
-    assert told[0].startswith("FP8 products (emulate) in ")
+    assert told[0].startswith("FP8 products (emulate, as te: ")
     for line in ("model.blocks.*.attention.kv_down (2)", "model.blocks.*.attention.kv_up (2): excluded", "output head"):
         assert line in told[0]
 
@@ -241,7 +241,7 @@ class TestConfiguration:
 
         with caplog.at_level("INFO"):
             first = example("trainer.max_steps=2")
-        assert caplog.text.count("FP8 products (emulate)") == 1  # though it validates at the end as well
+        assert caplog.text.count("FP8 products (emulate, as te: ") == 1  # though it validates at the end as well
         assert "model.blocks.0.attention.output" in first["FP8BlockPrecision"]["converted"]
         (folder,) = (tmp_path / "runs").iterdir()
         second = example("trainer.max_steps=3", f"resume={folder}")

@@ -4,24 +4,33 @@
     in BF16      what lies between the products: autocast, as in ``bf16-mixed``; embedding, head, attention
     in float32   parameters and their gradients, norms' and routers' arithmetic, losses, and the optimizer's state
 
-See :mod:`lightning_dsv3.ops.fp8` for the products and :func:`lightning_dsv3.parallel.fp8.convert_to_fp8` for what is
-converted. The recipe's E5M6 activations, FP8 caches of SwiGLU's inputs and FP8 dispatch save memory and traffic and are
-not emulated; BF16 optimizer moments are the optimizer's matter.
+See :mod:`lightning_dsv3.ops.fp8` for the products, :mod:`lightning_dsv3.layers.te` for how Transformer Engine computes
+them, and :func:`lightning_dsv3.parallel.fp8.convert_to_fp8` for what is converted. The recipe's E5M6 activations, FP8
+caches of SwiGLU's inputs and FP8 dispatch save memory and traffic and are in neither backend. The optimizer's moments
+are float32, or BF16 as the report's by ``train.optimizer.moments=bfloat16``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.plugins import Precision
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_dsv3.config import ConfigError
-from lightning_dsv3.parallel.fp8 import FP8Conversion, convert_from_fp8, convert_to_fp8, is_fp8
+from lightning_dsv3.layers.te import MicroBatches
+from lightning_dsv3.parallel.fp8 import (
+    FP8Conversion,
+    convert_to_fp8,
+    make_plain,
+    plain_class,
+    share_micro_batches,
+)
 
 FP8_BLOCK = "fp8-block"
 """What ``trainer.precision`` is called in a run's configuration."""
@@ -34,7 +43,7 @@ class FP8BlockSteps:
 
     def __init__(
         self,
-        backend: str = "emulate",
+        backend: str = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         pow2_scales: bool = True,
@@ -43,20 +52,27 @@ class FP8BlockSteps:
         self.backend, self.include, self.exclude, self.pow2_scales = backend, include, exclude, pow2_scales
         self.conversion: FP8Conversion | None = None
         self._converted: list[nn.Module] = []  # by this plugin, not by hand
+        self._module: nn.Module | None = None
+        self._micro_batches = MicroBatches()
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert what the report computes in FP8; say once what that is."""
-        plain = [m for m in module.modules() if not is_fp8(m)]
+        plain = [m for m in module.modules() if plain_class(m) is None]
         conversion = convert_to_fp8(module, self.include, self.exclude, self.backend, self.pow2_scales)
         if self.conversion is None:
             rank_zero_info(conversion.summary())
         self.conversion = conversion
-        self._converted = [m for m in plain if is_fp8(m)]
+        self._converted = [m for m in plain if plain_class(m) is not None]
+        self._module, self._micro_batches = module, MicroBatches()
+        share_micro_batches(module, self._micro_batches)
         return module
 
     @contextlib.contextmanager
     def forward_context(self) -> Generator[None, None, None]:
         """BF16 for everything between the FP8 products."""
+        if self._micro_batches.sharded is None and self._module is not None:
+            # A strategy shards after it has had the module converted.
+            self._micro_batches.sharded = any(isinstance(p, DTensor) for p in self._module.parameters())
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         devices = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
         with contextlib.ExitStack() as stack:
@@ -65,11 +81,25 @@ class FP8BlockSteps:
                 stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False))
             yield
 
+    @contextlib.contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """As :meth:`forward_context`; FP8 weights are kept where several micro-batches use them."""
+        trainer = getattr(self._module, "_trainer", None)
+        self._micro_batches.keep = trainer is not None and trainer.accumulate_grad_batches > 1
+        with self.forward_context():
+            yield
+
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        """Step, after which no FP8 weight is that of its parameter any more."""
+        result = super().optimizer_step(optimizer, model, closure, **kwargs)  # type: ignore[misc]
+        self._micro_batches.step += 1
+        return result
+
     def teardown(self) -> None:
         """Give the module back as it was."""
         for module in self._converted:
-            convert_from_fp8(module)
-        self._converted = []
+            make_plain(module)
+        self._converted, self._module = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run has to agree with."""
@@ -107,7 +137,7 @@ class FP8BlockSteps:
             rank_zero_warn("The checkpoint's run did not compute in FP8; from here on this one does.")
 
 
-class FP8BlockPrecision(FP8BlockSteps, Precision):
+class FP8BlockPrecision(FP8BlockSteps, Precision):  # type: ignore[misc]
     """FP8 products with a scale per tile (report, section 3.3), as a plugin of ``lightning.pytorch.Trainer``.
 
     ``trainer.precision=fp8-block`` in a run's configuration is this with its defaults. While the Trainer works, the
@@ -117,11 +147,13 @@ class FP8BlockPrecision(FP8BlockSteps, Precision):
     weights.
 
     Args:
-        backend: ``emulate``: operands are rounded to FP8 tiles and multiplied in float32, on any device. The numbers of
-            FP8 training for studies, slower than BF16.
+        backend: ``te``: Transformer Engine, on a Hopper GPU. ``emulate``: operands are rounded to FP8 tiles and
+            multiplied in float32, on any device: the numbers of FP8 training for studies, slower than BF16. ``auto``:
+            ``te`` where it can be had, else ``emulate``; which of them is logged, with the reason. Checkpoints are the
+            same, and a run may be resumed with another.
         include: Patterns of module names: compute only these in FP8.
         exclude: Patterns of module names that stay in BF16.
-        pow2_scales: Round the scales of tiles up to powers of two.
+        pow2_scales: Round the scales of tiles up to powers of two; else they are ``amax / 448`` in float32.
 
     Raises:
         ConfigError: What cannot be converted, when the Trainer starts; another choice of modules than that of the run

@@ -6,7 +6,7 @@ the projection of an MTP module, which is BF16 in the released weights. A width 
 the tensor cores' FP8 products ask for that.
 
 A module changes its class and nothing else, as in activation checkpointing: parameters stay in float32 under their
-names, so checkpoints of both kinds fit both.
+names, so checkpoints of both kinds, and of both backends, fit each other.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lightning_dsv3.config import ConfigError, did_you_mean
 from lightning_dsv3.layers.experts import Experts
-from lightning_dsv3.layers.fp8 import FP8_CLASS_OF
+from lightning_dsv3.layers.fp8 import FP8_CLASS_OF, FP8Sequential, has_norm_before_linear
+from lightning_dsv3.layers.fused_experts import fused_class_of, fused_experts_refusal, plain_class_of_fused
 from lightning_dsv3.layers.mtp import MTPModule
+from lightning_dsv3.layers.te import MicroBatches, forget_te, set_micro_batches
 from lightning_dsv3.model import DeepSeekV3
+from lightning_dsv3.ops.backends import Case, decide, refusals
 
-BACKENDS = ("emulate",)
-_PLAIN_CLASS_OF = {fp8: plain for plain, fp8 in FP8_CLASS_OF.items()}
+BACKENDS = ("auto", "te", "emulate")
+_PLAIN_CLASS_OF: dict[type[nn.Module], type[nn.Module]] = {fp8: plain for plain, fp8 in FP8_CLASS_OF.items()}
+_PLAIN_CLASS_OF[FP8Sequential] = nn.Sequential
 _MULTIPLE = 16
 # Names under which other models keep what the report leaves in BF16. A module inside a router belongs to it.
 _HEADS = ("lm_head", "head", "embed_out", "score", "classifier")
@@ -40,7 +45,7 @@ class FP8Conversion:
     Attributes:
         converted: Names of the modules whose products are FP8.
         kept: Name and reason of every other module with a matrix, but for embeddings and norms.
-        backend: How the products are computed.
+        backend: How the products are computed: as was asked for.
         pow2_scales: Scales of tiles are powers of two.
     """
 
@@ -51,7 +56,7 @@ class FP8Conversion:
 
     def summary(self) -> str:
         """Return some lines for people; numbered modules of one name are counted together."""
-        lines = [f"FP8 products ({self.backend}) in {len(self.converted)} modules:"]
+        lines = [f"FP8 products ({_told(self.backend)}) in {len(self.converted)} modules:"]
         lines += _grouped(dict.fromkeys(self.converted, ""))
         if self.kept:
             lines += ["as they are:", *_grouped({name: f": {reason}" for name, reason in self.kept.items()})]
@@ -62,29 +67,31 @@ def convert_to_fp8(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    backend: str = "emulate",
+    backend: str = "auto",
     pow2_scales: bool = True,
 ) -> FP8Conversion:
     """Let a model's linear maps and experts compute in FP8, wherever the report does.
 
-    Works on our models and on others that are made of ``torch.nn.Linear``. What is converted already is left so. Under
-    ``torch.autocast`` activations between the products are in its dtype, else in theirs.
+    Works on our models and on others that are made of ``torch.nn.Linear`` and of the stacked experts of
+    ``transformers`` 5. What is converted already stays so, and takes the backend and scales. Under ``torch.autocast``
+    activations between the products are in its dtype, else in theirs.
 
     Args:
         model: Any module; changed in place.
         include: Patterns of names (``*`` for anything), as in ``["blocks.*.feed_forward.*"]``: convert only these.
             None converts all that the report does. What the report keeps cannot be included.
         exclude: Patterns of names that stay.
-        backend: ``emulate`` rounds both operands to FP8 tiles and multiplies in float32, on any device: the numbers of
-            FP8 training, not its speed.
-        pow2_scales: Round the scales of tiles up to powers of two.
+        backend: ``te``: Transformer Engine, on a Hopper GPU. ``emulate`` rounds both operands to FP8 tiles and
+            multiplies in float32, on any device: the numbers of FP8 training, not its speed. ``auto``: ``te`` for
+            inputs that it can take, else ``emulate``, said once with the reason; ``kernels.fp8`` forces one.
+        pow2_scales: Round the scales of tiles up to powers of two; else they are ``amax / 448`` in float32.
 
     Returns:
         What was converted and what was not, and why.
 
     Raises:
-        ConfigError: An unknown backend, a pattern that matches nothing or nothing that can be converted, or a model
-            in which nothing is left to convert. The model is unchanged then.
+        ConfigError: An unknown backend or one that cannot be had here, a pattern that matches nothing or nothing that
+            can be converted, or a model in which nothing is left to convert. The model is unchanged then.
 
     Example:
         >>> from lightning_dsv3 import DeepSeekV3Config
@@ -93,8 +100,7 @@ def convert_to_fp8(
         >>> conversion.converted[:2], conversion.kept["head"]
         (('blocks.0.attention.q.down', 'blocks.0.attention.q.up'), 'output head')
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} of FP8: {did_you_mean(backend, BACKENDS)}")
+    _check_backend(backend)
     candidates = {name: module for name, module in model.named_modules() if _has_products(module)}
     kept = _kept_by_the_report(model, candidates)
     _check_patterns("exclude", exclude, candidates, {})
@@ -113,23 +119,70 @@ def convert_to_fp8(
         )
     for name in converted:
         module = candidates[name]
-        module.__class__ = FP8_CLASS_OF.get(type(module), type(module))
-        module.pow2_scales = pow2_scales
+        if not is_fp8(module):
+            module.__class__ = FP8_CLASS_OF.get(type(module)) or fused_class_of(type(module))
+        module.pow2_scales, module.backend = pow2_scales, backend
+        forget_te(module)
+    for module in model.modules():
+        if has_norm_before_linear(module):
+            module.__class__ = FP8Sequential
     return FP8Conversion(converted, {name: kept[name] for name in candidates if name in kept}, backend, pow2_scales)
 
 
 def convert_from_fp8(model: nn.Module) -> nn.Module:
     """Undo :func:`convert_to_fp8`, in place; returns ``model``."""
     for module in model.modules():
-        if type(module) in _PLAIN_CLASS_OF:
-            module.__class__ = _PLAIN_CLASS_OF[type(module)]
-            vars(module).pop("pow2_scales", None)
+        make_plain(module)
     return model
+
+
+def make_plain(module: nn.Module) -> None:
+    """Undo :func:`convert_to_fp8` for one module, not for those inside it."""
+    plain = plain_class(module)
+    if plain is not None:
+        module.__class__ = plain
+        forget_te(module)
+        for name in ("pow2_scales", "backend"):
+            vars(module).pop(name, None)
 
 
 def is_fp8(module: nn.Module) -> bool:
     """Whether the module itself computes in FP8."""
-    return type(module) in _PLAIN_CLASS_OF
+    return type(module) is not FP8Sequential and plain_class(module) is not None
+
+
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that :func:`convert_to_fp8` has changed, None where it has not."""
+    return _PLAIN_CLASS_OF.get(type(module)) or plain_class_of_fused(module)
+
+
+def share_micro_batches(model: nn.Module, micro_batches: MicroBatches) -> None:
+    """Let a model's FP8 modules keep what Transformer Engine makes of weights for as long as ``micro_batches`` says."""
+    for module in model.modules():
+        if is_fp8(module):
+            set_micro_batches(module, micro_batches)
+
+
+# What Transformer Engine would be asked to take on a machine that has it.
+_ON_HOPPER = Case("cuda", torch.bfloat16, True)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} of FP8: {did_you_mean(backend, BACKENDS)}")
+    if backend == "te" and (reason := refusals("fp8", _ON_HOPPER)["te"]):
+        raise ConfigError(
+            f"backend='te' of FP8: Transformer Engine cannot be used here ({reason}); emulate computes the same tiles "
+            "on any device"
+        )
+
+
+def _told(backend: str) -> str:
+    """Return a backend's name, and for ``auto`` what that will be."""
+    if backend != "auto":
+        return backend
+    choice = decide("fp8", _ON_HOPPER)
+    return choice.name if choice.name == "te" else f"{choice.name}, as {choice.why}"
 
 
 def _has_products(module: nn.Module) -> bool:
@@ -156,11 +209,18 @@ def _kept_by_the_report(model: nn.Module, candidates: Mapping[str, nn.Module]) -
             kept[name] = "router"
         elif id(module) in projections or parts[-1] in _MTP_PROJECTIONS:
             kept[name] = "projection of an MTP module"
-        elif type(module) not in FP8_CLASS_OF and type(module) not in _PLAIN_CLASS_OF:
-            kept[name] = f"a {type(module).__name__} is neither torch.nn.Linear nor our Experts"
+        elif refusal := _refusal(module):
+            kept[name] = refusal
         elif wrong := [width for width in _widths(module) if width % _MULTIPLE]:
             kept[name] = f"width {wrong[0]} is no multiple of {_MULTIPLE}"
     return kept
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Return why a module has no FP8 form; None where it has."""
+    if type(module) in FP8_CLASS_OF or is_fp8(module):
+        return None
+    return fused_experts_refusal(module)
 
 
 def _output_embeddings(module: nn.Module) -> nn.Module | None:
@@ -172,8 +232,9 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
 def _widths(module: nn.Module) -> list[int]:
     if isinstance(module, nn.Linear):
         return [module.in_features, module.out_features]
-    assert isinstance(module, Experts)
-    return list(module.down.shape[1:])
+    down = module.down if isinstance(module, Experts) else module.down_proj
+    assert isinstance(down, torch.Tensor)
+    return list(down.shape[1:])
 
 
 def _check_patterns(

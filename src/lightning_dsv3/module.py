@@ -31,6 +31,7 @@ from lightning_dsv3.layers.router import Router, RouterOutput
 from lightning_dsv3.metrics import BitsPerByte, MTPAcceptance
 from lightning_dsv3.model import DeepSeekV3, DeepSeekV3Output
 from lightning_dsv3.ops.acceptance import chain_counts, teacher_forced_acceptance
+from lightning_dsv3.ops.adamw import BF16MomentsAdamW
 from lightning_dsv3.ops.balance_methods import BalanceTerms, CountWindow, balance_terms
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, shifted_targets
 
@@ -193,15 +194,13 @@ class DeepSeekV3Steps(_Base):
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": constants.weight_decay},
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]
+        betas, lr = (constants.betas[0], constants.betas[1]), self.learning_rate(self.tokens_seen)
+        if constants.moments == "bfloat16":
+            return BF16MomentsAdamW(groups, lr=lr, betas=betas, eps=constants.eps)
         # Lightning refuses to clip the gradients of a fused optimizer in mixed precision, even where nothing is scaled.
         fused = "mixed" not in str(self.trainer.precision)
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.learning_rate(self.tokens_seen),
-            betas=(constants.betas[0], constants.betas[1]),
-            eps=constants.eps,
-            fused=fused,
-        )
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=constants.eps, fused=fused)
 
     def on_train_start(self) -> None:
         """Begin an optimizer step; say once when the routers have a bias that nothing moves."""

@@ -34,6 +34,7 @@ from lightning_dsv3.config.schedule import Mark, Schedule
 LOGGERS = ("csv", "tensorboard", "wandb")
 CHECKPOINTING = ("none", "block", "keep_routing")
 COMPILE = ("none", "blocks", "model")
+MOMENTS = ("float32", "bfloat16")
 SOURCE_KINDS = ("jsonl", "parquet", "text", "hf")
 
 
@@ -45,13 +46,17 @@ class OptimizerConfig:
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay on matrices.
+        moments: What both moments are kept in: ``float32`` or ``bfloat16``, the report's in its FP8 training.
     """
 
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moments: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.moments not in MOMENTS:
+            raise ConfigError(f"train.optimizer.moments={self.moments!r}: {did_you_mean(self.moments, MOMENTS)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(
                 f"train.optimizer.betas={self.betas}: two numbers in [0, 1) are needed, as in [0.9, 0.95]"
@@ -59,6 +64,11 @@ class OptimizerConfig:
         if self.eps <= 0 or self.weight_decay < 0:
             raise ConfigError(
                 f"train.optimizer: eps={self.eps} must be positive and weight_decay={self.weight_decay} not negative"
+            )
+        if self.moments == "bfloat16" and self.betas[1] >= 0.999:
+            raise ConfigError(
+                f"train.optimizer.betas={self.betas}: with moments=bfloat16 what a step adds to the second moment "
+                "would be rounded away; take a second rate below 0.999, or moments=float32"
             )
 
 

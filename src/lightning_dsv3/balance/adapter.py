@@ -89,6 +89,10 @@ class RouterAdapter(ABC):
             module: What :meth:`bias_holder` returned; the router itself unless that is overridden.
         """
 
+    def counts(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Return the tokens of each expert, int64 ``[E]``, where the router itself has counted them, or None."""
+        return None
+
     def bias_holder(self, module: nn.Module, parent: nn.Module | None) -> nn.Module:
         """Return the module that holds the bias of the router ``module``.
 
@@ -142,6 +146,11 @@ class DeepSeekV3RouterAdapter(RouterAdapter):
         """Return the float32 buffer, or None for a ``topk_method`` without bias."""
         assert isinstance(module, Router)
         return module.bias
+
+    def counts(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Return ``RouterOutput.counts_E``."""
+        counts_E: Tensor | None = output.counts_E
+        return counts_E
 
     def layer_name(self, path: str) -> str:
         """Return ``layer_<index of the block>`` or ``mtp_<depth>``, which starts at 1 as in the report."""

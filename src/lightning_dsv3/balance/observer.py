@@ -226,16 +226,19 @@ class RouterObserver:
             expert_TK = adapter.chosen_experts(module, output)
             # On a CPU values may be read at once: where there are any, and not what a compiler or a tracer puts there.
             is_readable = self._is_on_cpu and type(expert_TK) is Tensor and not torch.compiler.is_compiling()
-            self._count(index, expert_TK, is_readable)
+            self._count(index, expert_TK, is_readable, adapter.counts(module, output))
             if self._training:
                 self._note_broken(index, output, is_readable)
 
         return count_chosen_experts
 
-    def _count(self, index: int, expert_TK: Tensor, is_readable: bool) -> None:
+    def _count(self, index: int, expert_TK: Tensor, is_readable: bool, counts_E: Tensor | None) -> None:
         num_chosen = expert_TK.shape[-1]
         self.num_experts_per_tok[index] = num_chosen
         table_E = self._layer_tables[index]
+        if counts_E is not None and self._group_B is None and self._is_real_BS is None:
+            table_E.add_(counts_E.to(table_E.device))
+            return
         # scatter_add_ takes int64 ids alone, and those of the table's device.
         if expert_TK.dtype != torch.int64 or expert_TK.device != table_E.device:
             expert_TK = expert_TK.to(table_E.device, torch.int64)

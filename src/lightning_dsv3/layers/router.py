@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.ops.linear import linear
-from lightning_dsv3.ops.routing import affinity, choose_experts, gate_values
+from lightning_dsv3.ops.routing import route
 
 
 class RouterOutput(NamedTuple):
@@ -21,12 +21,14 @@ class RouterOutput(NamedTuple):
         expert_TK: Chosen experts, int64 ``[T, K]``.
         affinity_TE: Affinities s without bias, float32 ``[T, E]``, for the balance losses.
         logits_TE: Logits that the affinities come from, float32 ``[T, E]``, for the z-loss.
+        counts_E: Tokens of each expert, int64 ``[E]``; None where they were not counted on the way.
     """
 
     gate_TK: Tensor
     expert_TK: Tensor
     affinity_TE: Tensor
     logits_TE: Tensor
+    counts_E: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -64,23 +66,18 @@ class Router(nn.Module):
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = linear(x_TD.float(), self.weight.float())
-            s_TE = affinity(logits_TE, self.scoring_func)
-            with torch.no_grad():
-                expert_TK = choose_experts(
-                    s_TE,
-                    self.bias,
-                    num_experts_per_tok=self.num_experts_per_tok,
-                    n_group=self.n_group,
-                    topk_group=self.topk_group,
-                    experts_in_group_score=self.experts_in_group_score,
-                )
-            gate_TK = gate_values(
-                s_TE,
-                expert_TK,
+            routed = route(
+                logits_TE,
+                self.bias,
+                num_experts_per_tok=self.num_experts_per_tok,
+                n_group=self.n_group,
+                topk_group=self.topk_group,
+                experts_in_group_score=self.experts_in_group_score,
+                scoring_func=self.scoring_func,
                 norm_topk_prob=self.norm_topk_prob,
                 routed_scaling_factor=self.routed_scaling_factor,
             )
-        return RouterOutput(gate_TK, expert_TK, s_TE, logits_TE)
+        return RouterOutput(routed.gate_TK, routed.expert_TK, routed.affinity_TE, logits_TE, routed.counts_E)
 
     def extra_repr(self) -> str:
         """Show what decides the choice."""

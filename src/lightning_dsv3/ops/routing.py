@@ -9,13 +9,104 @@
 All of it is float32 in every precision mode: a bfloat16 affinity has steps of 1/256 near 0.5, a bfloat16 bias near 5
 steps of 1/32, and both would choose other experts.
 
+:func:`route` is what the layer calls. Where it can be, it is one kernel (:mod:`lightning_dsv3.ops.triton.router`);
+:func:`route_plain` is the truth, in the steps above.
+
 Shapes: T tokens, E experts, K chosen experts, G groups.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from lightning_dsv3.ops.backends import chosen
+
+
+class Routed(NamedTuple):
+    """What was decided for T tokens.
+
+    Attributes:
+        gate_TK: Gate values g of the chosen experts, float32 ``[T, K]``; carries the gradient.
+        expert_TK: Chosen experts, int64 ``[T, K]``, in no particular order. No token is dropped.
+        affinity_TE: Affinities s without bias, float32 ``[T, E]``; carries a gradient too.
+        counts_E: Tokens of each expert, int64 ``[E]``; None where they were not counted on the way.
+    """
+
+    gate_TK: Tensor
+    expert_TK: Tensor
+    affinity_TE: Tensor
+    counts_E: Tensor | None = None
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    num_experts_per_tok: int,
+    n_group: int,
+    topk_group: int,
+    experts_in_group_score: int,
+    scoring_func: str,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> Routed:
+    """Choose each token's experts and their gate values.
+
+    Args:
+        logits_TE: Router logits, float32 ``[T, E]``.
+        bias_E: Routing bias b, float32 ``[E]``, or None. No gradient reaches it.
+        num_experts_per_tok: K experts to choose.
+        n_group: Groups G of E/G neighbouring experts.
+        topk_group: Groups M that a token may use.
+        experts_in_group_score: See :func:`choose_experts`.
+        scoring_func: ``sigmoid`` or ``softmax``.
+        norm_topk_prob: Divide gate values by their sum.
+        routed_scaling_factor: Factor after normalisation.
+    """
+    form = route_plain
+    if chosen("router", logits_TE, experts=logits_TE.shape[-1]) == "triton":
+        from lightning_dsv3.ops.triton.router import route as form
+    return form(
+        logits_TE,
+        bias_E,
+        num_experts_per_tok=num_experts_per_tok,
+        n_group=n_group,
+        topk_group=topk_group,
+        experts_in_group_score=experts_in_group_score,
+        scoring_func=scoring_func,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+def route_plain(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    num_experts_per_tok: int,
+    n_group: int,
+    topk_group: int,
+    experts_in_group_score: int,
+    scoring_func: str,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> Routed:
+    """As :func:`route`, step by step, on any device and in any dtype."""
+    s_TE = affinity(logits_TE, scoring_func)
+    with torch.no_grad():
+        expert_TK = choose_experts(
+            s_TE,
+            bias_E,
+            num_experts_per_tok=num_experts_per_tok,
+            n_group=n_group,
+            topk_group=topk_group,
+            experts_in_group_score=experts_in_group_score,
+        )
+    gate_TK = gate_values(s_TE, expert_TK, norm_topk_prob=norm_topk_prob, routed_scaling_factor=routed_scaling_factor)
+    return Routed(gate_TK, expert_TK, s_TE)
 
 
 def affinity(logits_TE: Tensor, scoring_func: str) -> Tensor:

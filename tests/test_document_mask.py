@@ -24,7 +24,9 @@ from lightning_dsv3.balance import find_routers
 from lightning_dsv3.config import load_run_config
 from lightning_dsv3.data.loader import HeldOutBatches
 from lightning_dsv3.data.packing import HeldOutWindows, TokenStream, TrainingWindows
-from lightning_dsv3.ops.attention import Heads, Positions, causal_attention, document_mask
+from lightning_dsv3.ops.attention import Heads, Positions, causal_attention
+from lightning_dsv3.ops.documents import Documents as RowDocuments
+from lightning_dsv3.ops.documents import document_mask
 from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
 SHAPE = {
@@ -259,8 +261,8 @@ class TestAttention:
         lengths = [600, 37, 1, 462]
         q, k, v = wide = [torch.randn(1, 2, 1100, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
         narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
-        mask = document_mask(numbers(lengths), dtype)
-        out = causal_attention(Heads(*narrow), scale=0.3, v_head_dim=6, mask=mask)
+        documents = RowDocuments(numbers(lengths), document_mask(numbers(lengths), dtype))
+        out = causal_attention(Heads(*narrow), scale=0.3, v_head_dim=6, documents=documents)
         plain = torch.cat(
             [
                 (
@@ -281,12 +283,13 @@ class TestAttention:
             assert relative_error(mine.grad.double(), theirs.grad) < tolerance
 
     def test_the_first_positions_have_their_part_of_everything(self) -> None:
-        cos, mask = torch.randn(5, 2), document_mask(numbers([2, 3]), torch.float32)
-        first = Positions(cos, -cos, mask).first(3)
+        cos, documents = torch.randn(5, 2), RowDocuments.prepared(numbers([2, 3]), "sdpa", torch.float32)
+        first = Positions(cos, -cos, documents).first(3)
         assert torch.equal(first.cos, cos[:3])
         assert torch.equal(first.sin, -cos[:3])
-        assert torch.equal(first.mask, document_mask(numbers([2, 1]), torch.float32))
-        assert Positions(cos, -cos).first(3).mask is None
+        assert torch.equal(first.documents.number_BS, numbers([2, 1]))
+        assert torch.equal(first.documents.mask, document_mask(numbers([2, 1]), torch.float32))
+        assert Positions(cos, -cos).first(3).documents is None
 
 
 class TestPacking:

@@ -19,8 +19,9 @@ from lightning_dsv3.layers.linear import Linear
 from lightning_dsv3.layers.mtp import MTPModule
 from lightning_dsv3.layers.norm import RMSNorm
 from lightning_dsv3.layers.router import Router, RouterOutput
-from lightning_dsv3.ops.attention import Positions, document_mask
+from lightning_dsv3.ops.attention import Positions, attention_kernel
 from lightning_dsv3.ops.cross_entropy import count_targets, linear_cross_entropy, mtp_targets, shifted_targets
+from lightning_dsv3.ops.documents import Documents
 from lightning_dsv3.ops.latent_attention import ModelCache
 from lightning_dsv3.ops.rope import rope_table
 
@@ -175,7 +176,9 @@ class DeepSeekV3(nn.Module):
             return Positions(cos, sin)
         device = x_BSD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BSD.dtype
-        return Positions(cos, sin, document_mask(document, dtype))
+        like = x_BSD.new_empty((), dtype=dtype)
+        kernel = attention_kernel(like, qk_head_dim=config.qk_head_dim, v_head_dim=config.v_head_dim, packed=True)
+        return Positions(cos, sin, Documents.prepared(document, kernel.name, dtype))
 
     def _losses(
         self, h_BSD: Tensor, states: list[Tensor], labels: Tensor | None, document: Tensor | None

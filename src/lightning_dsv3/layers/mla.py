@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.linear import Linear
 from lightning_dsv3.layers.norm import RMSNorm
-from lightning_dsv3.ops.attention import Positions, causal_attention, latent_heads
+from lightning_dsv3.ops.attention import Positions, attention_kernel, causal_attention, latent_heads
 from lightning_dsv3.ops.latent_attention import (
     LayerCache,
     Segment,
@@ -72,7 +72,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         Args:
             x_BSD: Normalised residual stream ``[B, S, D]``.
-            positions: Where the S tokens stand, and the mask between documents.
+            positions: Where the S tokens stand, and which of a row's documents they belong to.
             cache: What is kept of the tokens before them, and will be of these.
 
         Returns:
@@ -96,9 +96,11 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _attend(self, q_BSHQ: Tensor, kv_BSHU: Tensor, k_rope_BSR: Tensor, positions: Positions) -> Tensor:
         """Return ``[B, S, H, V]`` of tokens that attend to one another alone."""
-        cos, sin = positions.cos, positions.sin
-        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim=self.v_head_dim)
-        out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=self.v_head_dim, mask=positions.mask)
+        cos, sin, documents = positions
+        qk_dim, v_dim = q_BSHQ.shape[-1], self.v_head_dim
+        kernel = attention_kernel(q_BSHQ, qk_head_dim=qk_dim, v_head_dim=v_dim, packed=documents is not None)
+        heads = latent_heads(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim=v_dim, one_width=kernel.one_width)
+        out_BHSV = causal_attention(heads, scale=self.scale, v_head_dim=v_dim, documents=documents, kernel=kernel)
         return out_BHSV.transpose(1, 2)
 
     def _expand(self, latent: Tensor) -> Tensor:

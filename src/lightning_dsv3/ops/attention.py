@@ -1,11 +1,7 @@
 """Causal attention of MLA's heads: from projections to queries, keys and values, and the attention itself.
 
-torch's fused kernels want one width for queries, keys and values and otherwise fall back to a form that stores all
-scores. Zeros behind the narrower side change neither scores nor values, and keep the fused kernel.
-
-Documents that are packed into one row are kept apart by a mask that all blocks share: one more tensor of B * S * S
-numbers (4096 positions in bfloat16: 34 MB per row) and no more per block. A causal kernel leaves out the half of the
-scores above the diagonal, and one with a mask does not: in long rows scores then cost up to twice the time.
+:mod:`lightning_dsv3.ops.attention_kernels` lists the kernels, with what they want of the heads' widths, and
+:mod:`lightning_dsv3.ops.documents` what they are told of documents that share a row.
 
 Shapes: B batch, S sequence, H heads, Q = nope + rope query and key width, R rotary width, V value width, U = nope + V.
 """
@@ -16,9 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dsv3.ops.attention_kernels import ATTENTION_KERNELS, needs_one_width
+from lightning_dsv3.ops.backends import chosen
+from lightning_dsv3.ops.documents import Documents
 from lightning_dsv3.ops.rope import apply_rope, unapply_rope
 
 
@@ -28,28 +26,28 @@ class Positions(NamedTuple):
     Attributes:
         cos: Cosines ``[S, R / 2]`` or ``[B, S, R / 2]``, of :func:`~lightning_dsv3.ops.rope.rope_table`.
         sin: Sines, likewise.
-        mask: What is added to the scores, ``[B, 1, S, S]``, of :func:`document_mask`; None where every position
-            attends to itself and to all before it.
+        documents: Which of a row's documents they belong to; None where every position attends to itself and to all
+            before it.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None = None
+    documents: Documents | None = None
 
     def first(self, length: int) -> Positions:
         """Return what holds for the first ``length`` positions alone."""
-        mask = None if self.mask is None else self.mask[..., :length, :length]
-        return Positions(self.cos[..., :length, :], self.sin[..., :length, :], mask)
+        documents = None if self.documents is None else self.documents.first(length)
+        return Positions(self.cos[..., :length, :], self.sin[..., :length, :], documents)
 
     def unpacked(self, unpack: Callable[[Tensor], Tensor]) -> Positions:
         """Return the positions of rows that ``unpack`` puts side by side; those that all rows share stay."""
         if self.cos.dim() == 2:
             return self
-        return Positions(unpack(self.cos), unpack(self.sin), self.mask)
+        return Positions(unpack(self.cos), unpack(self.sin), self.documents)
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values of one width W, the larger of query and value width; zeros fill up the narrower.
+    """Queries, keys and values, each head's in the widths that the kernel wants.
 
     Attributes:
         q_BHSW: Queries, rotary part turned.
@@ -62,8 +60,48 @@ class Heads(NamedTuple):
     v_BHSW: Tensor
 
 
+class AttentionKernel(NamedTuple):
+    """What computes attention.
+
+    Attributes:
+        name: Implementation of ``attention`` in :data:`lightning_dsv3.config.kernels.KERNELS`.
+        one_width: It wants queries, keys and values of one width.
+    """
+
+    name: str
+    one_width: bool
+
+
+def attention_kernel(like: Tensor, *, qk_head_dim: int, v_head_dim: int, packed: bool) -> AttentionKernel:
+    """Choose what computes attention.
+
+    Args:
+        like: A tensor with the queries' device and dtype.
+        qk_head_dim: Width Q of queries and keys.
+        v_head_dim: Width V of values.
+        packed: Whether documents share rows.
+
+    Raises:
+        ValueError: ``kernels.attention`` names one that cannot take this.
+
+    >>> attention_kernel(torch.empty(1), qk_head_dim=192, v_head_dim=128, packed=False)
+    AttentionKernel(name='sdpa', one_width=True)
+    """
+    widths = {"qk_head_dim": qk_head_dim, "v_head_dim": v_head_dim}
+    name = chosen("attention", like, packed=packed, **widths)
+    one_width = needs_one_width(name, device=like.device.type, dtype=like.dtype, packed=packed, **widths)
+    return AttentionKernel(name, one_width)
+
+
 def latent_heads(
-    q_BSHQ: Tensor, kv_BSHU: Tensor, k_rope_BSR: Tensor, cos: Tensor, sin: Tensor, *, v_head_dim: int
+    q_BSHQ: Tensor,
+    kv_BSHU: Tensor,
+    k_rope_BSR: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    v_head_dim: int,
+    one_width: bool = True,
 ) -> Heads:
     """Turn rotary parts and put each head's parts together (report, eq. 3-9), one copy of each element.
 
@@ -74,71 +112,58 @@ def latent_heads(
         cos: Cosines ``[S, R / 2]`` or ``[B, S, R / 2]``, of :func:`~lightning_dsv3.ops.rope.rope_table`.
         sin: Sines, likewise.
         v_head_dim: Value width V.
+        one_width: Fill up the narrower of Q and V with zeros.
 
     Returns:
         Queries, keys and values for :func:`causal_attention`; can be differentiated once.
     """
-    return Heads(*_LatentHeads.apply(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim))
+    return Heads(*_LatentHeads.apply(q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim, one_width))
 
 
-def document_mask(document_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask by which a position attends to itself and to earlier positions of its own document.
-
-    Args:
-        document_BS: Number of each position's document, int64 ``[B, S]``.
-        dtype: What attention computes in.
-
-    Returns:
-        0 or minus infinity, ``[B, 1, S, S]``: query, then key. No row is without a 0, as a position attends to itself.
-
-    >>> document_mask(torch.tensor([[0, 0, 1]]), torch.float32)[0, 0]
-    tensor([[0., -inf, -inf],
-            [0., 0., -inf],
-            [-inf, -inf, 0.]])
-    """
-    # Not boolean: torch would make this very tensor from it anew in every block, and keep each one for the backward.
-    attended_BSS = (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).tril()
-    mask_BSS = torch.zeros(attended_BSS.shape, dtype=dtype, device=document_BS.device)
-    return mask_BSS.masked_fill_(~attended_BSS, float("-inf")).unsqueeze(1)
-
-
-def causal_attention(heads: Heads, *, scale: float, v_head_dim: int, mask: Tensor | None = None) -> Tensor:
+def causal_attention(
+    heads: Heads,
+    *,
+    scale: float,
+    v_head_dim: int,
+    documents: Documents | None = None,
+    kernel: AttentionKernel | None = None,
+) -> Tensor:
     """Attend to this and earlier positions.
 
     Args:
         heads: Queries, keys and values.
         scale: Factor on the scores.
         v_head_dim: Value width V.
-        mask: What is added to the scores, ``[B, 1, S, S]``, and alone says who attends to whom
-            (:func:`document_mask`); None for all earlier positions.
+        documents: Documents of packed rows; a position then attends to its own document alone.
+        kernel: What the heads were made for; None chooses by the widths they have.
 
     Returns:
         ``[B, H, S, V]``.
     """
     q, k, v = heads
-    if mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=scale)
-    return out[..., :v_head_dim]
+    if kernel is None:
+        packed = documents is not None
+        kernel = attention_kernel(q, qk_head_dim=q.shape[-1], v_head_dim=v.shape[-1], packed=packed)
+    return ATTENTION_KERNELS[kernel.name](q, k, v, scale, documents)[..., :v_head_dim]
 
 
 # Autograd's own way here is a copy for every slice, concatenation and padding, and as many zero-filled tensors back.
 class _LatentHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim):  # type: ignore[no-untyped-def]
-        nope = kv_BSHU.shape[-1] - v_head_dim
-        width = max(q_BSHQ.shape[-1], v_head_dim)
-        q, k, v = (q_BSHQ.new_empty(*q_BSHQ.shape[:3], width) for _ in range(3))
+    def forward(ctx, q_BSHQ, kv_BSHU, k_rope_BSR, cos, sin, v_head_dim, one_width):  # type: ignore[no-untyped-def]
+        nope, qk_dim = kv_BSHU.shape[-1] - v_head_dim, q_BSHQ.shape[-1]
+        used = (qk_dim, qk_dim, v_head_dim)
+        widths = (max(used),) * 3 if one_width else used
+        q, k, v = (q_BSHQ.new_empty(*q_BSHQ.shape[:3], width) for width in widths)
         q[..., :nope] = q_BSHQ[..., :nope]
-        q[..., nope : q_BSHQ.shape[-1]] = apply_rope(q_BSHQ[..., nope:], cos, sin)
+        q[..., nope:qk_dim] = apply_rope(q_BSHQ[..., nope:], cos, sin)
         k[..., :nope] = kv_BSHU[..., :nope]
-        k[..., nope : q_BSHQ.shape[-1]] = apply_rope(k_rope_BSR, cos, sin).unsqueeze(2)
+        k[..., nope:qk_dim] = apply_rope(k_rope_BSR, cos, sin).unsqueeze(2)
         v[..., :v_head_dim] = kv_BSHU[..., nope:]
-        for padded, used in ((q, q_BSHQ.shape[-1]), (k, q_BSHQ.shape[-1]), (v, v_head_dim)):
-            padded[..., used:] = 0
+        for padded, width in zip((q, k, v), used, strict=True):
+            padded[..., width:] = 0
         ctx.save_for_backward(cos, sin)
-        ctx.nope, ctx.qk_dim, ctx.v_head_dim = nope, q_BSHQ.shape[-1], v_head_dim
+        ctx.nope, ctx.qk_dim, ctx.v_head_dim = nope, qk_dim, v_head_dim
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
@@ -155,4 +180,4 @@ class _LatentHeads(torch.autograd.Function):
         kv_BSHU[..., nope:] = grad_v[..., : ctx.v_head_dim]
         # Every head has had the one rotary key; the sum over heads is made in float32.
         k_rope_BSR = unapply_rope(grad_k[..., rope].sum(dim=2, dtype=torch.float32), cos, sin)
-        return q_BSHQ, kv_BSHU, k_rope_BSR.to(grad_k.dtype), None, None, None
+        return q_BSHQ, kv_BSHU, k_rope_BSR.to(grad_k.dtype), None, None, None, None

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from tokenizers import Tokenizer
 
@@ -39,7 +39,8 @@ class LMEvalCallback(Callback):
 
     Logged, to all loggers and for callbacks that monitor a key, are ``eval/<task>/<metric>``, and
     ``eval/<task>/<metric>/<filter>`` where a task has filters, at the step whose weights were evaluated. A group has
-    its own figures alone if it has any, else those of its members. One line says the same; lm-eval prints nothing.
+    its own figures alone if it has any, else those of its members. One line has of each task what comes first in its
+    file, and bits per byte; lm-eval prints nothing.
 
     Ranks that each have the whole model (DDP) divide the requests, those that begin alike staying together, and all get
     the scores, which are those of one rank but for rounding. Sampled text, of tasks that draw, does depend on the
@@ -48,15 +49,18 @@ class LMEvalCallback(Callback):
     lm-eval, the tasks' names, data and first prompt, the tokenizer and the strategy are checked in ``setup``, and what
     depends on the model before the first step.
 
-    Letter answers sit at chance for a small model. ``_cloze`` tasks, which score options as text, and their bits per
-    byte of the right answer tell its progress.
+    Letter answers sit at chance for a small model. So the default is ``dsv3_small``: the ``_cloze`` tasks of MMLU, ARC,
+    CMMLU, C-Eval and C3, which score options as text, without shots, and whose bits per byte of the right answer tell
+    its progress. Of a group those tasks run whose data are at hand, in the folder that LIGHTNING_DSV3_DATA names or on
+    the hub; a warning names the others.
 
     What it does not do: evaluate sharded weights (FSDP, expert parallelism, DeepSpeed). Save a checkpoint and run
     ``lm_eval --model dsv3`` on it.
 
     Args:
         tasks: Names of tasks, groups or tags: this package's, lm-eval's own, or those in ``include_path``.
-        limit: Documents of each task, the first ones; below 1 a share of them. None takes all.
+        limit: Documents of each task, the first ones (of each subject in turn); below 1 a share of them. None takes
+            all. Scores of the same documents can be compared from step to step; for a table take all.
         every_n_steps: Evaluate after each so many optimizer steps; None does not.
         at_validation_end: Evaluate after each validation, too.
         at_fit_end: Evaluate when training ends, too, unless that step has been evaluated.
@@ -68,22 +72,23 @@ class LMEvalCallback(Callback):
 
     Attributes:
         scores: The latest, by key as logged.
+        seconds: How long all evaluations took together; ``RunFolder`` leaves them out of its throughput.
 
     Raises:
         ValueError: An argument that cannot be.
-        MisconfigurationException: lm-eval is not installed, there is no such task, no tokenizer, no whole
-            ``DeepSeekV3`` in the module, or a task that this model cannot do.
+        MisconfigurationException: lm-eval is not installed, there is no such task, none of its data, no tokenizer, no
+            whole ``DeepSeekV3`` in the module, or a task that this model cannot do.
 
     Example:
-        >>> callback = LMEvalCallback(tasks=["dsv3_c3_cloze"], limit=100, every_n_steps=500)
-        >>> callback.scores
-        {}
+        >>> callback = LMEvalCallback(every_n_steps=500)
+        >>> callback.tasks, callback.limit, callback.scores
+        (['dsv3_small'], 100, {})
     """
 
     def __init__(
         self,
-        tasks: str | Sequence[str],
-        limit: float | None = None,
+        tasks: str | Sequence[str] = "dsv3_small",
+        limit: float | None = 100,
         every_n_steps: int | None = None,
         *,
         at_validation_end: bool = False,
@@ -109,6 +114,7 @@ class LMEvalCallback(Callback):
         self.at_validation_end = at_validation_end
         self.at_fit_end = at_fit_end
         self.scores: dict[str, float] = {}
+        self.seconds = 0.0
         self._given_tokenizer = tokenizer
         paths = [include_path] if isinstance(include_path, (str, os.PathLike)) else include_path
         self._include_paths = [Path(path) for path in paths]
@@ -120,6 +126,7 @@ class LMEvalCallback(Callback):
         self._model: DeepSeekV3 | None = None
         self._global_step = 0
         self._evaluated_at = -1
+        self._said: set[str] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load the tasks, and say now what would fail in the middle of the run."""
@@ -131,7 +138,8 @@ class LMEvalCallback(Callback):
         if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):  # what FSDP and the like have in common
             raise MisconfigurationException(
                 f"LMEvalCallback needs the whole model on every rank, and {type(trainer.strategy).__name__} shards it. "
-                "Evaluate checkpoints with `lm_eval --model dsv3` instead."
+                "Leave the callback out and evaluate checkpoints: dsv3 eval --checkpoint PATH --tasks "
+                f"{','.join(self.tasks)}"
             )
         try:
             import lm_eval  # noqa: F401
@@ -139,9 +147,14 @@ class LMEvalCallback(Callback):
             raise MisconfigurationException(
                 f"LMEvalCallback needs lm-eval ({error}); pip install 'lightning-dsv3[eval]'"
             ) from error
+        from lightning_dsv3.evaluation.data import DataError
+
         self._tokenizer(trainer)
-        with isolate_rng(), _quiet():
-            self._loaded = _load(self.tasks, self._include_paths)
+        with isolate_rng(), self._aside(logging.LogRecord.getMessage):
+            try:
+                self._loaded = _load(self.tasks, self._include_paths)
+            except DataError as error:
+                raise MisconfigurationException(f"tasks: {error}") from error
             for name, task in self._loaded["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False) and not self._confirm_run_unsafe_code:
                     raise MisconfigurationException(
@@ -219,8 +232,10 @@ class LMEvalCallback(Callback):
 
         begin = time.monotonic()
         assert self._model is not None
+        # Of what is said of one request after the other, the first will do.
+        aside = self._aside(lambda record: str(record.msg))
         # Validation hooks run in inference mode, whose tensors training could not use, should anything keep one.
-        with _in_evaluation(self._model), isolate_rng(), _quiet(), torch.inference_mode(False), torch.no_grad():
+        with _in_evaluation(self._model), isolate_rng(), aside, torch.inference_mode(False), torch.no_grad():
             self._seed(trainer.global_rank)
             results = evaluate(
                 lm=_DividedLM(self._lm, trainer.global_rank, trainer.world_size),
@@ -230,6 +245,8 @@ class LMEvalCallback(Callback):
                 log_samples=False,
                 confirm_run_unsafe_code=self._confirm_run_unsafe_code,
             )
+        spent = time.monotonic() - begin
+        self.seconds += spent
         self.scores = _scores(results["results"], self._loaded)
         # As Lightning's own LearningRateMonitor does: `log` is not allowed in all of these hooks, and would keep the
         # scores of a step that is none of log_every_n_steps from the loggers.
@@ -238,8 +255,19 @@ class LMEvalCallback(Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - has_ended
         for logger in trainer.loggers:
             logger.log_metrics(self.scores, step=step)
-        listed = ", ".join(f"{key.removeprefix('eval/')} {score:.4f}" for key, score in self.scores.items())
-        rank_zero_info(f"lm-eval at step {trainer.global_step} ({time.monotonic() - begin:.1f} s): {listed}")
+        short = _headlines(self.scores, self._loaded["tasks"])
+        listed = ", ".join(f"{key.removeprefix('eval/')} {score:.4f}" for key, score in short.items())
+        rank_zero_info(f"lm-eval at step {trainer.global_step} ({spent:.1f} s): {listed}")
+
+    @contextmanager
+    def _aside(self, kind: Callable[[logging.LogRecord], str]) -> Iterator[None]:
+        """Let nothing print, and then pass on what this package has warned of: of each kind the first, once a run."""
+        with _quiet() as records:
+            yield
+        for record in records:
+            if kind(record) not in self._said:
+                self._said.add(kind(record))
+                rank_zero_warn(record.getMessage())
 
     def _seed(self, rank: int) -> None:
         """Seed what draws as lm-eval does before each run, so that shots are those of the runs before."""
@@ -305,11 +333,12 @@ def _load(names: Sequence[str], include_paths: Sequence[Path]) -> Any:
     from lm_eval.tasks import TaskManager
 
     import lightning_dsv3.evaluation
+    from lightning_dsv3.evaluation.groups import is_indexed
 
     # Later folders win.
     folders = [Path(folder) / "tasks" for folder in lightning_dsv3.evaluation.__path__] + list(include_paths)
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if not set(_with_members(names, manager)) <= set(manager.all_tasks):
+    if not all(is_indexed(name, manager.task_index) for name in names):
         manager = TaskManager(include_path=folders)
     for name in names:
         if name not in manager.all_tasks:
@@ -321,18 +350,6 @@ def _load(names: Sequence[str], include_paths: Sequence[Path]) -> Any:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
-
-
-def _with_members(names: Sequence[str], manager: Any) -> Iterator[str]:
-    """Yield names, and those that groups among them name."""
-    pending = list(names)
-    while pending:
-        name = pending.pop()
-        yield name
-        entry = manager.task_index.get(name)
-        if entry is not None and name in manager.all_groups:
-            members = entry.cfg.get("task") or []
-            pending += [member for member in members if isinstance(member, str)]
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]], loaded: Mapping[str, Any]) -> dict[str, float]:
@@ -354,6 +371,17 @@ def _scores(results: Mapping[str, Mapping[str, Any]], loaded: Mapping[str, Any])
     return scores
 
 
+def _headlines(scores: Mapping[str, float], tasks: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a line can hold: of each task its first metric and bits per byte, of a group all that it has."""
+    short: dict[str, float] = {}
+    for key, score in scores.items():
+        name, metric = key.split("/")[1:3]
+        declared = [entry["metric"] for entry in tasks[name].config.metric_list or ()] if name in tasks else []
+        if not declared or metric in (declared[0], "bpb"):
+            short[key] = score
+    return short
+
+
 @contextmanager
 def _in_evaluation(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
@@ -367,13 +395,20 @@ def _in_evaluation(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Let lm-eval log errors alone, and nothing draw a progress bar."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[list[logging.LogRecord]]:
+    """Let nothing print or draw a progress bar, and lm-eval log errors alone; yield what this package warns of."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    theirs, ours = logging.getLogger("lm_eval"), logging.getLogger("lightning_dsv3")
+    level, propagate = theirs.level, ours.propagate
+    theirs.setLevel(logging.ERROR)
+    ours.propagate = False
+    ours.addHandler(handler)
     try:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            yield
+            yield records
     finally:
-        logger.setLevel(level)
+        ours.removeHandler(handler)
+        ours.propagate = propagate
+        theirs.setLevel(level)

@@ -35,6 +35,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dsv3.callbacks.expert_load_monitor import ExpertLoadMonitor
+from lightning_dsv3.callbacks.lm_eval import LMEvalCallback
 from lightning_dsv3.config import ConfigError, RunConfig
 from lightning_dsv3.module import DeepSeekV3Module
 from lightning_dsv3.plots import (
@@ -139,7 +140,7 @@ class RunFolder(Callback):
             (self.path / "metrics.before-resume.csv").unlink(missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
-        self._clock = time.monotonic()
+        self._clock = _training_clock(trainer)
         self._tokens = getattr(pl_module, "tokens_seen", 0)
         counts = self.config.model.num_parameters()
         rank_zero_info(
@@ -155,7 +156,7 @@ class RunFolder(Callback):
         tokens = getattr(pl_module, "tokens_seen", 0)
         if tokens == self._tokens:
             return  # in the middle of an accumulation window
-        now = time.monotonic()
+        now = _training_clock(trainer)
         elapsed = now - self._clock
         # The first steps allocate memory and are not what the rest is like, but they are part of the run.
         self._seconds += elapsed
@@ -170,11 +171,11 @@ class RunFolder(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave validation out of the throughput."""
-        self._paused = time.monotonic()
+        self._paused = _training_clock(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave validation out of the throughput."""
-        self._clock += time.monotonic() - self._paused
+        self._clock += _training_clock(trainer) - self._paused
         self._validated_at = trainer.global_step
 
     def validated(self, trainer: Trainer) -> bool:
@@ -271,6 +272,12 @@ class RunFolder(Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def _training_clock(trainer: Trainer) -> float:
+    """Read a clock, in seconds, that stands still while lm-eval's benchmarks run."""
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LMEvalCallback)]  # type: ignore[attr-defined]
+    return time.monotonic() - sum(callback.seconds for callback in callbacks)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import choice_records as records
 import datasets
@@ -413,6 +414,27 @@ def test_real_records_go_through(manager, task):
     for request in requests[task]:
         assert request.args[1].strip()
         assert request.args[0].strip()
+
+
+@REAL
+@pytest.mark.parametrize("task", CHOICE)
+def test_gold_scores_1_and_another_option_0_on_every_record_at_hand(manager, task):
+    metadata = load_yaml(next(FOLDER.glob(f"*/{task.removeprefix('dsv3_')}.yaml")), resolve_func=False)["metadata"]
+    if not data.found(metadata["benchmark"], metadata.get("subset")):
+        pytest.skip(f"no {task} in LIGHTNING_DSV3_DATA")
+    loaded = manager.load(task)["tasks"][task]
+    count = 0
+    for document in loaded.test_docs():
+        options = range(len(document["choices"]) * (2 if "neutral_context" in metadata else 1))
+        asked = [SimpleNamespace(idx=index, doc=document) for index in options]
+        for model, score in ((knowing, 1.0), (mistaken, 0.0)):
+            scores = loaded.process_results(document, [model(request) for request in asked])
+            scores.pop("bpb", None)
+            if "acc_ppl_macro" in scores:
+                _, scores["acc_ppl_macro"] = scores["acc_ppl_macro"]
+            assert set(scores.values()) == {score}, (task, document["id"], scores)
+        count += 1
+    assert count >= 100
 
 
 if __name__ == "__main__":

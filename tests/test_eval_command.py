@@ -171,9 +171,10 @@ def test_draws_have_seeds_of_their_own_a_mean_and_a_spread(made, run, tmp_path):
 
 
 def test_the_hf_model_is_given_the_same_words(made, run, tmp_path):
+    """And takes the CPU where there is no GPU, as by lm-eval's own command."""
     words = ["--checkpoint", made.checkpoint, "--tasks", "drawn", "--include-path", made.own, "--limit", "0.2"]
     for model in ("hf", "dsv3"):
-        more = ["--device", "cpu", "--dtype", "float32", "--batch-size", 4, "--num-fewshot", 1]
+        more = ["--dtype", "float32", "--batch-size", 4, "--num-fewshot", 1]
         assert run(*words, *more, "--model", model, "--output", tmp_path / model).code == 0
     (hf,), (ours,) = results(tmp_path / "hf"), results(tmp_path / "dsv3")
     assert hf["config"]["model_args"]["pretrained"] == str(made.checkpoint)
@@ -218,6 +219,8 @@ RUN = ["--checkpoint", "CHECKPOINT", "--tasks", "drawn", "--include-path", "OWN"
         ([*RUN, "--model-args", "half"], "--model-args half: must be name=value"),
         ([*RUN, "--limit", "1.5"], "--limit 1.5: must be a number of records, or a share"),
         ([*RUN, "--limit", "all"], "--limit all: must be a number"),
+        ([*RUN, "--limit", "-1"], "--limit -1: must be a number"),
+        ([*RUN, "--tokenizer", "nowhere"], "nowhere"),
         ([*RUN, "--num-fewshot", "-1"], "--num-fewshot -1: must be at least 0"),
         ([*RUN, "--fewshot-seeds", "0"], "--fewshot-seeds 0: must be at least 1"),
         ([*RUN, "--log-samples"], "--log-samples: goes into a folder; give --output"),
@@ -279,6 +282,7 @@ def test_the_list_says_what_is_at_hand(made, run):
     known = set(TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks)
     assert set(lines) <= known
     assert run("--list", "--data", made.data, "--tasks", "dsv3_zh").out.count("\ndsv3_") == 6
+    assert run("--list", "--data", made.data, "--tasks", "dsv3_small").out.count("\ndsv3_") == 6
     from_hub = run("--list", "--tasks", "c3")
     assert "hub: clue/clue" in from_hub.out
     assert "LIGHTNING_DSV3_DATA" in from_hub.out

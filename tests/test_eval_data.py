@@ -370,11 +370,19 @@ def test_the_hub_counts_as_at_hand_unless_it_is_switched_off(hub, monkeypatch, t
     assert {row["found"] for row in data.list_benchmarks()} == {False}
     assert not data.found("mmlu")
     assert "cais/mmlu has not been downloaded" in data.coverage("mmlu").missing
+    with pytest.raises(
+        data.MissingDataError, match=r"^dsv3_mmlu: hub: cais/mmlu has not .* \(HF_HUB_OFFLINE\).* LIGHTNING_DSV3_DATA$"
+    ):
+        data.load_records("mmlu")
     (tmp_path / "datasets--cais--mmlu").mkdir()
     assert {row["name"] for row in data.list_benchmarks() if row["found"] is True} == {"dsv3_mmlu"}
     (checked,) = data.check_data()
     assert (checked.benchmark, checked.problems) == ("mmlu", [])
     assert checked.records == len(choice_records.MMLU_TEST) + len(choice_records.MMLU_DEV)
+    (tmp_path / "datasets--hails--agieval-math").mkdir()  # a data set for each exam
+    assert data.coverage("agieval").present == ("math",)
+    assert not data.found("agieval", "sat-math")
+    assert {record["subset"] for record in data.load_records("agieval")} == {"math"}
 
 
 def test_what_the_hub_cannot_give_is_named_with_the_way_out(hub):

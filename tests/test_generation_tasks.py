@@ -206,6 +206,18 @@ def test_num_fewshot_of_the_command_line_is_honoured(hub, manager):
     assert all(prompts[task][0].count("Q: ") + prompts[task][0].count("问题：") == 1 for task in tasks)
 
 
+def test_mbpp_has_ten_tasks_for_prompts_and_begins_with_those_of_the_report(monkeypatch, hub, manager):
+    _, prompts = evaluate(manager, ["dsv3_mbpp"], perfect, num_fewshot=5)
+    rows = hub["google-research-datasets/mbpp", "full", "prompt"].to_list()
+    texts = {row["task_id"]: row["text"] for row in rows}
+    shown = re.findall(r"here is your task: (.*) Your code", prompts["dsv3_mbpp"][0])
+    assert shown[:5] == [texts[task] for task in (2, 3, 4, 1, 5)]
+    few = datasets.Dataset.from_list([row for row in rows if row["task_id"] != 3])
+    monkeypatch.setitem(hub, ("google-research-datasets/mbpp", "full", "prompt"), few)
+    with pytest.raises(ValueError, match=r"MBPP.s shots must be its tasks 2, 3 and 4; the data at hand have no \[3\]"):
+        manager.load("dsv3_mbpp")
+
+
 @pytest.mark.parametrize(("task", "shots"), [("bbh", 4), ("livecodebench", 4), ("drop", 9), ("cmrc", 9)])
 def test_more_shots_than_there_are_is_an_error(hub, manager, task, shots):
     with pytest.raises(ValueError, match=f"num_fewshot={shots}: "):

@@ -5,6 +5,7 @@ import logging
 import choice_records as records
 import pytest
 from choice_runs import FOLDER, evaluate, knowing, manager_of, replace_hub, write_rows
+from conftest import ROOT
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lightning_dsv3.evaluation import data, groups
@@ -30,6 +31,11 @@ def test_benchmarks_of_the_table_have_tasks(manager):
     several = {"mmmlu", "mgsm"}
     assert {groups.task_name(name) for name in data.BENCHMARKS if name not in several} <= set(manager.all_subtasks)
     assert {f"dsv3_{name}" for name in several} <= set(manager.all_groups)
+
+
+def test_every_task_has_a_golden_prompt_and_no_other_has(manager):
+    goldens = {path.stem for path in (ROOT / "tests" / "golden" / "prompts").glob("*.txt")}
+    assert goldens == set(manager.all_subtasks)
 
 
 def test_a_named_task_without_its_file_is_an_error_that_names_it(folder, manager):
@@ -59,6 +65,18 @@ def test_a_group_without_any_data_is_an_error(folder, manager):
         data.DataError, match=r"dsv3_zh: none of its tasks has its data(.|\n)*dsv3_ccpm: no file .*/ccpm/valid\*"
     ):
         manager.load("dsv3_zh")
+
+
+def test_the_small_group_has_the_tasks_for_small_models_without_shots(hub, manager):
+    cloze = {name for name in manager.all_subtasks if name.endswith("_cloze")}
+    assert len(cloze) == 6
+    assert {member["task"]: member["num_fewshot"] for member in groups.dsv3_small} == dict.fromkeys(cloze, 0)
+    results, _ = evaluate(manager, ["dsv3_small"], knowing)
+    assert {results["n-shot"][name] for name in cloze} == {0}
+    assert all("bpb,none" in results["results"][name] for name in cloze)
+    assert {groups.benchmark_of(name.removeprefix("dsv3_"))[0] for name in cloze} == {
+        *("mmlu", "arc_easy", "arc_challenge", "cmmlu", "ceval", "c3")
+    }
 
 
 def test_groups_of_the_hub_are_those_of_the_tables(hub):

@@ -19,7 +19,7 @@ from lightning_dsv3.data.readers import SourceError, quiet_parsing
 from lightning_dsv3.data.text_sources import configured_sources
 from lightning_dsv3.evaluation import data
 from lightning_dsv3.evaluation.contamination import Overlap, Record, find_overlaps
-from lightning_dsv3.evaluation.groups import GROUPS, task_name
+from lightning_dsv3.evaluation.groups import GROUPS, benchmark_of, task_name
 
 _KINDS = ("jsonl", "parquet", "text", "hf")
 _ENDINGS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
@@ -51,7 +51,7 @@ def _names(tasks: str | None) -> list[str]:
         return list(data.BENCHMARKS)
     meant: dict[str, list[str]] = {name: [name] for name in data.BENCHMARKS}
     meant |= {task_name(name): [name] for name in data.BENCHMARKS}
-    meant |= {group: [_benchmark_of(leaf) for leaf in leaves] for group, leaves in GROUPS.items()}
+    meant |= {group: [benchmark_of(leaf)[0] for leaf in leaves] for group, leaves in GROUPS.items()}
     names: dict[str, None] = {}
     for word in filter(None, (word.strip() for word in tasks.split(","))):
         matches = [name for name in meant if fnmatchcase(name, word)]
@@ -61,11 +61,6 @@ def _names(tasks: str | None) -> list[str]:
     if not names:
         raise ConfigError("--tasks: names no benchmark; leave it out for all")
     return list(names)
-
-
-def _benchmark_of(leaf: str) -> str:
-    """Return the benchmark that a task of a group belongs to: itself, or the one of which it is a language."""
-    return leaf if leaf in data.BENCHMARKS else leaf.partition("_")[0]
 
 
 def _list(names: Sequence[str]) -> int:

@@ -280,11 +280,16 @@ class _Evaluation:
             known = {"dsv3", *model_registry}
             raise ConfigError(f"--model {options.model}: {did_you_mean(options.model, sorted(known))}")
         try:
-            return kind.create_from_arg_obj(
-                self._arguments, {"batch_size": options.batch_size, "device": options.device}
-            )
+            return kind.create_from_arg_obj(self._arguments, {"batch_size": options.batch_size, "device": self._device})
         except TypeError as error:  # an argument that the model does not have
             raise ConfigError(f"--model-args: {error}") from error
+
+    @property
+    def _device(self) -> str | None:
+        """Where the model runs. As lm-eval's command does, ask for a GPU: hf takes the CPU where there is none."""
+        options = self._options
+        is_open = options.device is None and options.model != "dsv3" and "device" not in self._arguments
+        return "cuda:0" if is_open else options.device
 
     def _results(self, lm: LM, manager: TaskManager, tasks: list[Any], seed: int | None) -> dict[str, Any] | None:
         from lm_eval import simple_evaluate
@@ -298,7 +303,7 @@ class _Evaluation:
             tasks=tasks,
             num_fewshot=options.num_fewshot,
             batch_size=options.batch_size,
-            device=options.device,
+            device=self._device,
             limit=None if options.limit is None else _limit(options.limit),
             log_samples=options.log_samples,
             evaluation_tracker=tracker,
@@ -384,20 +389,12 @@ def _model_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _is_whole(word: str, manager: TaskManager) -> bool:
     """Tell whether an index without lm-eval's tasks has all that a word stands for."""
+    from lightning_dsv3.evaluation.groups import is_indexed
+
     names = manager.match_tasks([word])
     if not word.startswith("dsv3_") and (not names or any(sign in word for sign in "*?[")):
         return False
-    return all(_members_are_there(name, manager.task_index) for name in names)
-
-
-def _members_are_there(member: object, index: Mapping[str, Any]) -> bool:
-    if isinstance(member, dict):  # a group written out in another, or a task with changes
-        inner = member.get("task")
-        return all(_members_are_there(part, index) for part in (inner if isinstance(inner, list) else [inner]))
-    if not isinstance(member, str) or member not in index:
-        return False
-    inner = (index[member].cfg or {}).get("task")
-    return not isinstance(inner, list) or all(_members_are_there(part, index) for part in inner)
+    return all(is_indexed(name, manager.task_index) for name in names)
 
 
 def _figures(draws: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[float]]:

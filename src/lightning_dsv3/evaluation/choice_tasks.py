@@ -62,8 +62,20 @@ def in_turn(groups: Iterable[Iterable[T]]) -> Iterator[T]:
         yield from (record for record in row if record is not None)
 
 
-def _drawn(pool: Sequence[T], metadata: Mapping[str, Any], key: str) -> list[T]:
-    """The pool in its own order, or in another one if the run names a seed."""
+def draw(pool: Sequence[T], metadata: Mapping[str, Any], key: str = "") -> list[T]:
+    """The pool in its own order, or in another one if the run names a seed.
+
+    Args:
+        pool: Worked examples.
+        metadata: Of the run; ``fewshot_seed`` is its seed.
+        key: What is drawn for: what has another key is drawn independently.
+
+    Raises:
+        ValueError: If the seed is no whole number.
+
+    >>> draw("abc", {}), draw("abc", {"fewshot_seed": 7})
+    (['a', 'b', 'c'], ['a', 'c', 'b'])
+    """
     seed = metadata.get("fewshot_seed")
     if seed is None:
         return list(pool)
@@ -83,7 +95,7 @@ def _from_one_pool(benchmark: str, prompt: Prompt, metadata: Mapping[str, Any]) 
         _log.warning("%s. Shots are other records of the tested split: the score is marked.", error)
         pool = list(tested)
     # One more: a tested record is not its own shot.
-    return _splits(tested, _drawn(pool, metadata, benchmark)[: _MOST_SHOTS + 1])
+    return _splits(tested, draw(pool, metadata, benchmark)[: _MOST_SHOTS + 1])
 
 
 def _by_subject(
@@ -106,7 +118,7 @@ def _by_subject(
             name: [_document(prompt({**shot, "subject": name}), -1, name, name) for shot in shots[name]]
             for name in tested
         }
-    drawn = [shot for name, pool in pools.items() for shot in _drawn(pool, metadata, name)[: _MOST_SHOTS + 1]]
+    drawn = [shot for name, pool in pools.items() for shot in draw(pool, metadata, name)[: _MOST_SHOTS + 1]]
     return _splits(documents, drawn)
 
 
@@ -239,7 +251,7 @@ def load_race(benchmark: str, **metadata: Any) -> Splits:
         document = _document(prompts.race(record), number, record["article"])
         articles[record["article"]].append({**document, "before": True})
     documents = sorted((one for questions in articles.values() for one in questions), key=lambda one: int(one["id"]))
-    shots = [shot for article, pool in articles.items() for shot in _drawn(pool, metadata, article)]
+    shots = [shot for article, pool in articles.items() for shot in draw(pool, metadata, article)]
     return _splits(documents, shots)
 
 

@@ -108,7 +108,7 @@ def load_subsets(benchmark: str, split: str = "test", subsets: Sequence[str] | N
     if subsets is None:
         state = coverage(benchmark)
         if not state.present:
-            raise _missing(benchmark, part, known[0])
+            raise MissingDataError(f"dsv3_{benchmark}: {state.missing}")
         if state.absent:
             _log.warning(
                 "dsv3_%s: %d of %d subsets are absent, its score is partial: %s",
@@ -197,7 +197,7 @@ def _origins(benchmark: str, part: Split, subset: str) -> list[_Origin]:
         return [_Origin(name, _hub_rows(benchmark, part.hub, subset), part, subset)]
     files = _files(benchmark, part, subset)
     if not files:
-        raise _missing(benchmark, part, subset)
+        raise MissingDataError(f"dsv3_{benchmark}: {_absence(benchmark, part, subset)}")
     read = [(path, _with_labels(part, path, read_rows(path))) for path in files]
     _refuse_twins(read)
     entry = BENCHMARKS[benchmark]
@@ -279,10 +279,6 @@ def _absence(benchmark: str, part: Split, subset: str) -> str:
     return f"no file {_patterns(benchmark, part, subset)} ({VARIABLE})"
 
 
-def _missing(benchmark: str, part: Split, subset: str) -> MissingDataError:
-    return MissingDataError(f"dsv3_{benchmark}: {_absence(benchmark, part, subset)}")
-
-
 # The hub
 
 
@@ -322,12 +318,15 @@ def _is_cached(path: str) -> bool:
     return (Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}").is_dir()
 
 
-def _is_downloaded(entry: Benchmark) -> bool:
-    return any(_is_cached(entry.test.hub.path.format(subset=name)) for name in entry.subsets or ("",))
+def _downloaded(entry: Benchmark, subsets: Iterable[str]) -> tuple[str, ...]:
+    """Those of a benchmark's subsets whose data set has been downloaded."""
+    return tuple(name for name in subsets if _is_cached(entry.test.hub.path.format(subset=name)))
 
 
-def _is_offline() -> bool:
-    return any(os.environ.get(name, "0").upper() in ("1", "TRUE", "YES", "ON") for name in _OFFLINE)
+def _switched_off_by() -> str | None:
+    """Name the variable that switches the hub off, if one does."""
+    on = ("1", "TRUE", "YES", "ON")
+    return next((name for name in _OFFLINE if os.environ.get(name, "0").upper() in on), None)
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -364,9 +363,16 @@ def coverage(benchmark: str, subset: str | None = None) -> Coverage:
     if folder is None:
         hub = entry.test.hub
         source = hub.files[0] if hub.files and "://" in hub.files[0] else f"hub: {hub.path}"
-        if not _is_offline() or _is_downloaded(entry):
-            return Coverage(source, tuple(subsets), ())
-        return Coverage(source, (), tuple(subsets), f"{source} has not been downloaded and the hub is switched off")
+        switch = _switched_off_by()
+        there = tuple(subsets) if switch is None else _downloaded(entry, subsets)
+        absent = tuple(name for name in subsets if name not in there)
+        if not absent:
+            return Coverage(source, there, ())
+        missing = (
+            f"{source.format(subset=absent[0])} has not been downloaded and the hub is switched off ({switch}); "
+            f"name a folder with the published files in {VARIABLE}"
+        )
+        return Coverage(source, there, absent, missing)
     parts = [entry.test]
     if entry.needs_pool and (entry.pool or entry.pool_of):
         parts.append(_split(benchmark, "shots"))
@@ -408,7 +414,7 @@ def list_benchmarks() -> list[dict[str, Any]]:
         there: bool | str = bool(state.present)
         if state.present and state.absent:
             there = f"{len(state.present)} of {len(entry.subsets)}"
-        elif there and data_folder() is None and not _is_downloaded(entry):
+        elif there and data_folder() is None and not _downloaded(entry, entry.subsets or ("",)):
             there = "to be downloaded"
         rows.append(
             {

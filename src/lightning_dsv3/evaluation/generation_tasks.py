@@ -9,26 +9,25 @@ run; ``--metadata '{"fewshot_seed": 7}'`` draws others.
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 from lm_eval.api.samplers import ContextSampler
 
 from lightning_dsv3.evaluation import generation_prompts as prompts
 from lightning_dsv3.evaluation import generation_shots as examples
-from lightning_dsv3.evaluation.choice_tasks import in_turn
+from lightning_dsv3.evaluation.choice_tasks import draw, in_turn
 from lightning_dsv3.evaluation.data import found, load_records, load_subsets
 from lightning_dsv3.evaluation.generation_prompts import Record, Turn
 
 Document = dict[str, Any]
-T = TypeVar("T")
 
 # Shots that a user can ask for with --num_fewshot where the pool is a training split or a passage.
 _MOST_SHOTS = 64
 _MOST_SHOTS_OF_PASSAGE = 8
+_MBPP_SHOTS = (2, 3, 4)
 
 
 # Shots
@@ -65,16 +64,6 @@ class PassageShots(OwnShots):
         return eval_doc["shots"][:n]
 
 
-def _draw(pool: Sequence[T], pinned: Sequence[T], metadata: Mapping[str, Any], key: object = "") -> list[T]:
-    """The pinned shots, or another order of the pool if the run names a seed."""
-    seed = metadata.get("fewshot_seed")
-    if seed is None:
-        return list(pinned)
-    if not isinstance(seed, int):
-        raise ValueError(f"fewshot_seed must be a whole number, not {seed!r}")
-    return random.Random(f"{seed} {key}").sample(list(pool), min(len(pool), _MOST_SHOTS))
-
-
 def _split(documents: Iterable[Document], shots: Sequence[Turn] | None = None) -> dict[str, datasets.Dataset]:
     splits = {"test": datasets.Dataset.from_list(list(documents))}
     if shots is not None:
@@ -99,7 +88,7 @@ def load_bbh(**metadata: Any) -> dict[str, datasets.Dataset]:
     def documents(subset: str, records: Sequence[Record]) -> Iterator[Document]:
         header, samples = examples.bbh_shots(subset)
         worked = [prompts.bbh(sample["input"], sample["target"]) for sample in samples]
-        shots = _as_shots(_draw(worked, worked, metadata, subset))
+        shots = _as_shots(draw(worked, metadata, subset))
         for record in records:
             turn = prompts.bbh(record["input"], f"So the answer is {record['target']}.")
             yield _document(turn, header, shots=shots, gold=record["target"], subset=subset)
@@ -112,7 +101,7 @@ def load_livecodebench(**metadata: Any) -> dict[str, datasets.Dataset]:
 
     def turns(shots: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, str]]:
         worked = [prompts.livecodebench(shot["question"], shot["starter_code"], shot["answer"]) for shot in shots]
-        return _as_shots(_draw(worked, worked, metadata, kind))
+        return _as_shots(draw(worked, metadata, kind))
 
     methods = turns(examples.LIVECODEBENCH_FUNCTIONAL_SHOTS, "functional")
     scripts = turns(examples.LIVECODEBENCH_STDIN_SHOTS, "stdin")
@@ -129,9 +118,16 @@ def load_humaneval(**_: Any) -> dict[str, datasets.Dataset]:
 
 
 def load_mbpp(**metadata: Any) -> dict[str, datasets.Dataset]:
-    """MBPP's test tasks, and as shots tasks 2, 3 and 4 of its ten for prompts."""
+    """MBPP's test tasks; shots are tasks 2, 3 and 4 of its ten for prompts, then the others.
+
+    Raises:
+        ValueError: If one of the three is not among the data.
+    """
     pool = {record["task_id"]: prompts.mbpp(record) for record in load_records("mbpp", split="shots")}
-    shots = _draw(list(pool.values()), [pool[task] for task in (2, 3, 4)], metadata)
+    if absent := [task for task in _MBPP_SHOTS if task not in pool]:
+        raise ValueError(f"MBPP's shots must be its tasks 2, 3 and 4; the data at hand have no {absent}")
+    first = sorted(pool, key=lambda task: (task not in _MBPP_SHOTS, task))
+    shots = draw([pool[task] for task in first], metadata)
     return _split(({**record, **_document(prompts.mbpp(record))} for record in load_records("mbpp")), shots)
 
 
@@ -154,7 +150,7 @@ def _cruxeval(
 ) -> dict[str, datasets.Dataset]:
     worked = [prompt(shot) for shot in shots]
     documents = ({**record, **_document(prompt(record), header)} for record in load_records(benchmark))
-    return _split(documents, _draw(worked, worked, metadata))
+    return _split(documents, draw(worked, metadata))
 
 
 def load_math(**metadata: Any) -> dict[str, datasets.Dataset]:
@@ -164,7 +160,7 @@ def load_math(**metadata: Any) -> dict[str, datasets.Dataset]:
     for record in load_records("math"):
         subject = record["type"].lower().replace("&", "and").replace(" ", "_")
         subjects[subject].append(_document(prompts.math(record), gold=record["solution"], subset=subject))
-    return _split(in_turn(subjects.values()), _draw(worked, worked, metadata))
+    return _split(in_turn(subjects.values()), draw(worked, metadata))
 
 
 def load_cmath(**metadata: Any) -> dict[str, datasets.Dataset]:
@@ -184,7 +180,7 @@ def load_cmath(**metadata: Any) -> dict[str, datasets.Dataset]:
         _document(prompts.cmath(record["question"], "", record["golden"]), gold=record["golden"])
         for record in load_records("cmath")
     )
-    return _split(documents, _draw(worked, worked, metadata))
+    return _split(documents, draw(worked, metadata))
 
 
 # Shots that are rows of a data set
@@ -209,14 +205,14 @@ def _open_questions(benchmark: str, metadata: Mapping[str, Any]) -> dict[str, da
         _document(turn(record), prompts.OPEN_QUESTIONS_HEADER, golds=record["answers"])
         for record in load_records(benchmark)
     )
-    return _split(documents, _draw(pool, pool[:_MOST_SHOTS], metadata))
+    return _split(documents, draw(pool, metadata)[:_MOST_SHOTS])
 
 
 def load_gsm8k(**metadata: Any) -> dict[str, datasets.Dataset]:
     """GSM8K."""
     pool = load_records("gsm8k", split="shots")
     documents = (_document(prompts.gsm8k(record), gold=record["answer"]) for record in load_records("gsm8k"))
-    return _split(documents, [prompts.gsm8k(shot) for shot in _draw(pool, pool, metadata)])
+    return _split(documents, [prompts.gsm8k(shot) for shot in draw(pool, metadata)])
 
 
 def load_mgsm(subset: str, **metadata: Any) -> dict[str, datasets.Dataset]:
@@ -229,14 +225,14 @@ def load_mgsm(subset: str, **metadata: Any) -> dict[str, datasets.Dataset]:
         _document(prompts.mgsm(subset, record["question"], record["answer"]), gold=record["answer"], language=subset)
         for record in load_records("mgsm", subset)
     )
-    return _split(documents, _draw(shots, shots, metadata))
+    return _split(documents, draw(shots, metadata))
 
 
 def load_cluewsc(**metadata: Any) -> dict[str, datasets.Dataset]:
     """CLUEWSC: one document per pronoun that means something, with every noun that it may mean."""
     pool = [turn for turn, _ in _pronouns(load_records("cluewsc", split="shots"))]
     documents = (_document(turn, golds=nouns) for turn, nouns in _pronouns(load_records("cluewsc")))
-    return _split(documents, _draw(pool, pool[:_MOST_SHOTS], metadata))
+    return _split(documents, draw(pool, metadata)[:_MOST_SHOTS])
 
 
 def _pronouns(records: Iterable[Record]) -> Iterator[tuple[Turn, list[str]]]:
@@ -297,7 +293,7 @@ def _others(turns: Sequence[Turn], metadata: Mapping[str, Any]) -> Iterator[list
     """For each question of a passage, the others (the same question asked twice is no other)."""
     for turn in turns:
         others = [other for other in turns if other.text != turn.text]
-        yield _as_shots(_draw(others, others, metadata, turn.text)[:_MOST_SHOTS_OF_PASSAGE])
+        yield _as_shots(draw(others, metadata, turn.text)[:_MOST_SHOTS_OF_PASSAGE])
 
 
 def _drop_answers(record: Record) -> list[list[str]]:

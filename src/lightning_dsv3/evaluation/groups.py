@@ -9,6 +9,7 @@ whose data are at hand, with a warning that names the others. ``dsv3_zh_alias`` 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_dsv3.evaluation.data import BENCHMARKS, DataError, coverage, data_folder, found
@@ -44,15 +45,29 @@ GROUPS: dict[str, list[str]] = {
         "gsm8k",
         "math",
     ],
+    # What tells the progress of a model for which letters are beyond it.
+    "dsv3_small": [
+        "mmlu_cloze",
+        "arc_easy_cloze",
+        "arc_challenge_cloze",
+        "cmmlu_cloze",
+        "ceval_cloze",
+        "c3_cloze",
+    ],
     "dsv3_mmmlu": [f"mmmlu_{language.lower()}" for language in MMMLU],
     "dsv3_mgsm": [f"mgsm_{language}" for language in MGSM],
 }
-# Tables 4 and 5 have DROP with one shot.
-_SHOTS = {"dsv3_ablation": {"drop": 1}}
+# Where they are not the tasks' own: tables 4 and 5 have DROP with one shot; the contexts of small models are short.
+_SHOTS = {"dsv3_ablation": {"drop": 1}, "dsv3_small": dict.fromkeys(GROUPS["dsv3_small"], 0)}
 
 
-def _where(leaf: str) -> tuple[str, str | None]:
-    """The benchmark and subset of a task."""
+def benchmark_of(leaf: str) -> tuple[str, str | None]:
+    """Return the benchmark of a task, and the subset of which it is, if it is of one.
+
+    >>> benchmark_of("arc_easy_cloze"), benchmark_of("mgsm_de")
+    (('arc_easy', None), ('mgsm', 'de'))
+    """
+    leaf = leaf.removesuffix("_cloze")
     if leaf in BENCHMARKS:
         return leaf, None
     benchmark, _, language = leaf.partition("_")
@@ -66,9 +81,9 @@ def tasks(group: str) -> list[str | dict[str, Any]]:
         DataError: If there is none.
     """
     leaves = GROUPS[group]
-    present = [leaf for leaf in leaves if found(*_where(leaf))]
+    present = [leaf for leaf in leaves if found(*benchmark_of(leaf))]
     if absent := [leaf for leaf in leaves if leaf not in present]:
-        listed = "\n".join(f"  {task_name(leaf)}: {coverage(*_where(leaf)).missing}" for leaf in absent)
+        listed = "\n".join(f"  {task_name(leaf)}: {coverage(*benchmark_of(leaf)).missing}" for leaf in absent)
         if not present:
             raise DataError(f"{group}: none of its tasks has its data in {data_folder() or 'the hub cache'}:\n{listed}")
         _log.warning(
@@ -92,11 +107,27 @@ def task_name(leaf: str) -> str:
 def alias(group: str) -> str:
     """Return the name that tables show: the group's own, and how much of it is at hand."""
     leaves = GROUPS[group]
-    states = [coverage(*_where(leaf)) for leaf in leaves]
+    states = [coverage(*benchmark_of(leaf)) for leaf in leaves]
     num_present = sum(bool(state.present) for state in states)
     if num_present < len(leaves):
         return f"{group} (partial: {num_present} of {len(leaves)})"
     return f"{group} (partial)" if any(state.absent for state in states) else group
+
+
+def is_indexed(member: object, index: Mapping[str, Any]) -> bool:
+    """Tell whether an index of lm-eval has a task or group with all its members, without loading any.
+
+    Args:
+        member: A name, or what stands in a group's list: a task with changes, or a group written out.
+        index: Names and entries, as ``TaskManager.task_index``. A group of ours has none but ours.
+    """
+    if isinstance(member, dict):
+        inner = member.get("task")
+        return all(is_indexed(part, index) for part in (inner if isinstance(inner, list) else [inner]))
+    if not isinstance(member, str) or member not in index:
+        return False
+    inner = (index[member].cfg or {}).get("task")
+    return not isinstance(inner, list) or all(is_indexed(part, index) for part in inner)
 
 
 def __getattr__(name: str) -> Any:

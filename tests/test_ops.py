@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dsv3.ops.attention import causal_attention, latent_heads
+from lightning_dsv3.ops.backends import forced_kernels
 from lightning_dsv3.ops.cross_entropy import IGNORE_INDEX, count_targets, linear_cross_entropy, shifted_targets
 from lightning_dsv3.ops.dispatch import (
     combine,
@@ -108,6 +109,92 @@ def test_every_chosen_pair_is_dispatched_and_comes_back(experts: int, k: int, to
         holders = (expert_TK == e).any(-1).nonzero().flatten()
         assert torch.equal(x_ND[starts[e] : starts[e + 1]], x_TD[holders])  # in the tokens' order
     torch.testing.assert_close(combine(x_ND, plan, tokens), x_TD * k)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 4), st.sampled_from([0, 1, 2, 63]), st.sampled_from([2, 3, 16]),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_slots_of_an_expert_are_padded_to_a_multiple(experts: int, k: int, tokens: int, align: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    k = min(k, experts)
+    # Some experts get no token.
+    expert_TK = (torch.rand(tokens, experts) - 2.0 * (torch.rand(experts) < 0.3)).topk(k, dim=-1).indices
+    plan, tight = plan_dispatch(expert_TK, experts, align), plan_dispatch(expert_TK, experts)
+    slots = plan.slot_token_N.numel()
+    assert slots % align == 0
+    assert slots == (tokens * k + min(experts, tokens * k) * (align - 1)) // align * align
+    x_TD = torch.randn(tokens, 3)
+    x_ND, tight_ND = permute(x_TD, plan), permute(x_TD, tight)
+    starts, tight_starts = [0, *plan.ends_E.tolist()], [0, *tight.ends_E.tolist()]
+    assert starts[-1] <= slots
+    is_pair_N = torch.zeros(slots, dtype=torch.bool)
+    for e in range(experts):
+        count = tight_starts[e + 1] - tight_starts[e]
+        assert starts[e + 1] - starts[e] == -(-count // align) * align
+        rows = slice(starts[e], starts[e] + count)
+        is_pair_N[rows] = True
+        for name in ("slot_token_N", "slot_pair_N"):
+            assert torch.equal(getattr(plan, name)[rows], getattr(tight, name)[tight_starts[e] : tight_starts[e + 1]])
+        assert torch.equal(x_ND[rows], tight_ND[tight_starts[e] : tight_starts[e + 1]])
+    for values in (plan.slot_token_N, plan.slot_pair_N):
+        assert (values[~is_pair_N] == -1).all()
+    assert not x_ND[~is_pair_N].any()
+    assert torch.equal(plan.slot_pair_N[plan.pair_slot_N], torch.arange(tokens * k))
+    y_ND = x_ND.clone()
+    y_ND[~is_pair_N] = math.nan
+    torch.testing.assert_close(combine(y_ND, plan, tokens), x_TD * k)
+
+
+def test_padding_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="align=0: give what each expert's slots are a multiple of"):
+        plan_dispatch(torch.zeros(1, 1, dtype=torch.int64), 1, align=0)
+
+
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_of_permutation_and_combination_are_exact_and_can_be_differentiated(gated: bool, align: int) -> None:
+    plan = plan_dispatch(torch.tensor([[0, 3], [3, 1], [0, 1], [3, 0], [1, 3]]), 5, align)
+    x_TD = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y_ND = torch.randn(plan.slot_token_N.numel(), 3, dtype=torch.float64, requires_grad=True)
+    gate_TK = torch.rand(5, 2, dtype=torch.float64, requires_grad=gated)
+    inputs = (y_ND, gate_TK) if gated else (y_ND,)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: permute(x, plan), (x_TD,))
+        assert check(lambda y, gate=None: combine(y, plan, 5, gate), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gated_slots_are_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    tokens, k = 40, 6
+    expert_TK = torch.stack([torch.randperm(8)[:k] for _ in range(tokens)])
+    plan = plan_dispatch(expert_TK, 8, align=16)
+    y_ND = torch.randn(plan.slot_token_N.numel(), 5).to(dtype)
+    gate_TK = torch.rand(tokens, k)
+    y_TD = combine(y_ND, plan, tokens, gate_TK)
+    exact = (y_ND.double()[plan.pair_slot_N].view(tokens, k, -1) * gate_TK.double().unsqueeze(-1)).sum(1)
+    assert y_TD.dtype == dtype
+    # Half a unit of the last place, and what the float32 sum adds.
+    torch.testing.assert_close(y_TD.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=2e-6)
+
+
+def test_the_table_of_kernels_chooses_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, ends = torch.randn(6, 8), torch.randn(2, 4, 8), torch.tensor([2, 6], dtype=torch.int32)
+    expected = grouped_matmul(x, w, ends)
+    with forced_kernels(grouped_matmul="grouped_mm"):
+        assert grouped_matmul(x[:0], w, ends[:0].new_zeros(2)).shape == (0, 4)
+        with pytest.raises(ValueError, match="a width of 7 numbers is no multiple of 16 bytes"):
+            grouped_matmul(torch.randn(6, 7), torch.randn(2, 4, 7), ends)
+        with pytest.raises(ValueError, match="operands of two dtypes"):
+            grouped_matmul(x, w.bfloat16(), ends)
+        with pytest.raises(ValueError, match="not for float64"):
+            grouped_outer(x.double(), x.double(), ends)
+    monkeypatch.setattr(F, "grouped_mm", None)  # so that a call of it fails
+    with forced_kernels(grouped_matmul="loop"):
+        torch.testing.assert_close(grouped_matmul(x, w, ends), expected)
+        grouped_outer(x, x, ends)
+    with pytest.raises(TypeError):
+        grouped_matmul(x, w, ends)
 
 
 def experts_by_loop(x: Tensor, weight: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_dsv3.ops.quantize import (
     quantization_error,
     quantize_blocks,
     quantize_dequantize_blocks,
+    quantize_with_transpose,
     scales_shape,
 )
 
@@ -61,6 +62,20 @@ def test_data_and_scales_are_those_of_a_loop_in_float64(shape, block, pow2):
     restored = dequantize_blocks(data, scales, block)
     np.testing.assert_array_equal(restored.numpy(), restored_by_loop(x, block, pow2).astype(np.float32))
     assert torch.equal(quantize_dequantize_blocks(x, block, pow2), restored)
+
+
+@pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "amax/448"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (130, 300)], ids=str)
+def test_rows_and_columns_of_one_matrix_are_tiles_of_a_loop_in_float64(shape, pow2):
+    x = random_matrix(*shape)
+    for ours, given_ in zip(quantize_with_transpose(x, pow2), (x, x.t()), strict=True):
+        data, scales = loop(given_, ACTIVATION_BLOCK, pow2)
+        assert (ours.data.dtype, ours.scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+        assert ours.data.is_contiguous()
+        np.testing.assert_array_equal(ours.data.double().numpy(), data)
+        np.testing.assert_array_equal(ours.scales.double().numpy(), scales)
+    with pytest.raises(ValueError, match="give a matrix"):
+        quantize_with_transpose(torch.ones(3))
 
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)

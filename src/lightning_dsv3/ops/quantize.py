@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dsv3.ops.backends import chosen
+
 E4M3_MAX = 448.0
 ACTIVATION_BLOCK = (1, 128)
 """Tile of activations and gradients where they are summed over columns: forward and input gradient."""
@@ -77,6 +79,10 @@ def quantize_blocks(x: Tensor, block: tuple[int, int] = ACTIVATION_BLOCK, pow2_s
     (4.0, [[224.0, -0.25, 0.078125]])
     """
     _check(x, block)
+    if chosen("quantize", x, rows=block[0], columns=block[1]) == "triton":
+        from lightning_dsv3.ops.triton import quantize as kernels
+
+        return QuantizedBlocks(*kernels.quantize_blocks(x, block, pow2_scales))
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(scales_shape(x.shape, block), dtype=torch.float32, device=x.device)
     for rows, tile_rows in _bands(x.shape, block, x.device):
@@ -85,6 +91,37 @@ def quantize_blocks(x: Tensor, block: tuple[int, int] = ACTIVATION_BLOCK, pow2_s
         scales[tile_rows] = scale.view(scales[tile_rows].shape)
         data[rows] = _untiled(tiles.clamp_(-E4M3_MAX, E4M3_MAX), band.shape).to(data.dtype)
     return QuantizedBlocks(data, scales)
+
+
+@torch.no_grad()
+def quantize_with_transpose(x: Tensor, pow2_scales: bool = True) -> tuple[QuantizedBlocks, QuantizedBlocks]:
+    """Round a matrix to FP8 twice: in tiles along its rows, and in tiles along its columns, these turned.
+
+    A product sums over neighbouring numbers of both operands. So a linear map's forward and input gradient take rows,
+    and its weight's gradient, which sums over tokens, takes columns, with the tokens of each column side by side. Both
+    are rounded from ``x`` itself, none twice.
+
+    Args:
+        x: ``[R, C]``, any floating dtype.
+        pow2_scales: Round scales up to powers of two.
+
+    Returns:
+        ``x`` in 1 x 128 tiles: data ``[R, C]``, scales ``[R, ceil(C / 128)]``. Then its transpose in such tiles:
+        data ``[C, R]``, scales ``[C, ceil(R / 128)]``. No gradient passes.
+
+    >>> rows, columns = quantize_with_transpose(torch.tensor([[900.0, 1.0], [2.0, 448.0]]))
+    >>> rows.scales.tolist(), columns.scales.tolist()
+    ([[4.0], [1.0]], [[4.0], [1.0]])
+    >>> columns.data.tolist()
+    [[224.0, 0.5], [1.0, 448.0]]
+    """
+    _check(x, ACTIVATION_BLOCK)
+    if chosen("quantize", x, rows=ACTIVATION_BLOCK[0], columns=ACTIVATION_BLOCK[1]) == "triton":
+        from lightning_dsv3.ops.triton import quantize as kernels
+
+        data, scales, turned, turned_scales = kernels.quantize_with_transpose(x, pow2_scales)
+        return QuantizedBlocks(data, scales), QuantizedBlocks(turned, turned_scales)
+    return quantize_blocks(x, ACTIVATION_BLOCK, pow2_scales), quantize_blocks(x.t(), ACTIVATION_BLOCK, pow2_scales)
 
 
 @torch.no_grad()
@@ -135,6 +172,10 @@ def quantize_dequantize_blocks(
         ``[R, C]``. No gradient passes.
     """
     _check(x, block)
+    if chosen("quantize", x, rows=block[0], columns=block[1]) == "triton":
+        from lightning_dsv3.ops.triton import quantize as kernels
+
+        return kernels.quantize_dequantize_blocks(x, block, pow2_scales, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     for rows, _ in _bands(x.shape, block, x.device):
         band = x[rows]

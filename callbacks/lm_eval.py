@@ -166,6 +166,7 @@ class LMEvalCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the model, now where it will be trained, behind lm-eval's interface."""
         from lightning_dsv3.evaluation.lm import DSV3LM
+        from lightning_dsv3.evaluation.task import without_room
 
         self._model = next((m for m in pl_module.modules() if isinstance(m, DeepSeekV3)), None)
         if self._model is None:
@@ -183,13 +184,13 @@ class LMEvalCallback(Callback):
             batch_size=self._batch_size,
             max_length=self._max_length,
         )
-        for name, task in self._loaded["tasks"].items():
-            new = (task.config.generation_kwargs or {}).get("max_gen_toks", self._lm.max_gen_toks)
-            if task.OUTPUT_TYPE == "generate_until" and int(new) >= self._lm.max_length:
-                raise MisconfigurationException(
-                    f"tasks: {name} asks for {new} new tokens, and max_length={self._lm.max_length} leaves no room for "
-                    "its prompt; leave the task out or give the model a larger max_position_embeddings"
-                )
+        asked = without_room(self._loaded["tasks"], self._lm.max_length, self._lm.max_gen_toks)
+        if asked:
+            name, new = next(iter(asked.items()))
+            raise MisconfigurationException(
+                f"tasks: {name} asks for {new} new tokens, and max_length={self._lm.max_length} leaves no room for its "
+                "prompt; leave the task out or give the model a larger max_position_embeddings"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count steps from here: 0, or where a checkpoint stopped."""

@@ -183,6 +183,15 @@ def test_the_hf_model_is_given_the_same_words(made, run, tmp_path):
     assert figures(hf) == figures(ours)
 
 
+def test_generation_can_be_made_to_fit(made, run, tmp_path):
+    words = ["--checkpoint", made.checkpoint, "--tasks", "dsv3_humaneval", "--data", made.data]
+    words += ["--confirm-run-unsafe-code", "--gen-kwargs", "max_gen_toks=4", "--output", tmp_path]
+    assert run(*words).code == 0
+    (written,) = results(tmp_path)
+    assert written["configs"]["dsv3_humaneval"]["generation_kwargs"]["max_gen_toks"] == 4
+    assert written["configs"]["dsv3_humaneval"]["generation_kwargs"]["do_sample"] is False
+
+
 def test_lm_evals_tasks_are_read_only_where_they_are_needed(tmp_path):
     (tmp_path / "group.yaml").write_text("group: mine\ntask: [drawn, hellaswag]\n")
     (tmp_path / "inner.yaml").write_text("group: inner\ntask: [{group: x, task: [drawn]}, {task: drawn}]\n")
@@ -217,6 +226,11 @@ RUN = ["--checkpoint", "CHECKPOINT", "--tasks", "drawn", "--include-path", "OWN"
             "--model-args max_length=...: an option of its own",
         ),
         ([*RUN, "--model-args", "half"], "--model-args half: must be name=value"),
+        ([*RUN, "--gen-kwargs", "half"], "--gen-kwargs half: must be name=value"),
+        (
+            [*RUN[:3], "dsv3_humaneval,dsv3_c3", "--data", "DATA", "--confirm-run-unsafe-code"],
+            r"--tasks: max_length=512 leaves no room .* the new tokens of dsv3_humaneval \(768\); give --gen-kwargs",
+        ),
         ([*RUN, "--limit", "1.5"], "--limit 1.5: must be a number of records, or a share"),
         ([*RUN, "--limit", "all"], "--limit all: must be a number"),
         ([*RUN, "--limit", "-1"], "--limit -1: must be a number"),

@@ -3,6 +3,7 @@
 import logging
 
 import choice_records as records
+import generation_records
 import pytest
 from choice_runs import FOLDER, evaluate, knowing, manager_of, replace_hub, write_rows
 from conftest import ROOT
@@ -127,6 +128,24 @@ def test_parts_of_a_benchmark_are_marked(folder, manager, caplog):
     assert loaded["dsv3_race_high"].config.task_alias == "dsv3_race_high (partial: 8 of 3498)"
     assert loaded["dsv3_mmlu"].config.metadata["data"] == ["mmlu/test/virology_test.jsonl"]
     assert "56 of 57 subsets are absent, its score is partial: abstract_algebra, anatomy," in caplog.text
+
+
+def test_a_score_on_another_split_is_marked(folder, manager):
+    write_rows(folder / "race" / "validation.high.jsonl", records.RACE["high"])
+    for name, rows in generation_records.NATURALQUESTIONS.items():
+        file = {"validation": "NQ-open.dev", "train": "NQ-open.efficientqa.dev.1.1.sample"}[name]
+        write_rows(folder / "nq_open" / f"{file}.jsonl", rows)
+    names = ["dsv3_race_high", "dsv3_naturalquestions"]
+    aliases = [task.config.task_alias for task in manager.load(names)["tasks"].values()]
+    assert aliases == [
+        "dsv3_race_high (partial: 8 of 3498; partial: validation.high in place of its own split)",
+        f"dsv3_naturalquestions (partial: {len(generation_records.NATURALQUESTIONS['validation'])} of 3610; "
+        "shots of NQ-open.efficientqa.dev)",
+    ]
+    write_rows(folder / "race" / "test.high.jsonl", records.RACE["high"])
+    write_rows(folder / "nq_open" / "NQ-open.train.jsonl", generation_records.NATURALQUESTIONS["train"])
+    aliases = [task.config.task_alias for task in manager.load(names)["tasks"].values()]
+    assert not [alias for alias in aliases if "in place of" in alias or "shots" in alias]
 
 
 def test_shots_of_the_tested_split_are_marked_and_never_the_tested_record(folder, manager, caplog):

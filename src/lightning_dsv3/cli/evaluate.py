@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--limit", metavar="N", help="the first N records of each task; below 1 a share of them")
     run.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt; the task's own number")
     run.add_argument("--fewshot-seeds", type=int, metavar="K", help="draw the examples K times: mean and spread")
+    run.add_argument("--gen-kwargs", default="", metavar="K=V,...", help="of generation, as in max_gen_toks=128")
     run.add_argument("--output", type=Path, metavar="FOLDER", help="write results as JSON")
     run.add_argument("--log-samples", action="store_true", help="write prompts and answers too; needs --output")
     run.add_argument("--confirm-run-unsafe-code", action="store_true", help="run programs that the model writes")
@@ -183,16 +184,19 @@ class _Evaluation:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._arguments = _model_arguments(options)
+        self._generation = _pairs("--gen-kwargs", options.gen_kwargs)
         self._include = [str(files("lightning_dsv3") / "evaluation" / "tasks"), *options.include_path]
         self._words = [word.strip() for word in options.tasks.split(",") if word.strip()]
         self._with_defaults = False
+        self._tasks: Mapping[str, Any] = {}
 
     def run(self) -> int:
         """Evaluate, print, and write what is asked for; return the exit code."""
         from lm_eval.utils import make_table, setup_logging
 
         setup_logging(logging.WARNING)
-        logging.getLogger("lm_eval.api.task").addFilter(_is_news)
+        for name in ("lm_eval.api.task", "lm_eval.api.group"):
+            logging.getLogger(name).addFilter(_is_news)
         index = self._index()
         names = self._names(index)
         lm: LM | None = None
@@ -204,6 +208,7 @@ class _Evaluation:
             with _one_error():
                 tasks = self._loaded(manager, names)
                 lm = lm or self._model()
+            self._check_room(lm)
             results = self._results(lm, manager, tasks, seed)
             if results is None:  # of several processes the first one has them
                 continue
@@ -252,6 +257,7 @@ class _Evaluation:
                 raise
             raise ConfigError(f"--tasks: {error}; leave one of them out") from error
         groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+        self._tasks = tasks
         if not self._options.confirm_run_unsafe_code:
             for name, task in tasks.items():
                 if getattr(task, "UNSAFE_CODE", False):
@@ -284,6 +290,20 @@ class _Evaluation:
         except TypeError as error:  # an argument that the model does not have
             raise ConfigError(f"--model-args: {error}") from error
 
+    def _check_room(self, lm: LM) -> None:
+        """Say before the first pass what a model of short contexts cannot write."""
+        from lightning_dsv3.evaluation.lm import DSV3LM
+        from lightning_dsv3.evaluation.task import without_room
+
+        if not isinstance(lm, DSV3LM):
+            return
+        if asked := without_room(self._tasks, lm.max_length, lm.max_gen_toks, self._generation):
+            listed = ", ".join(f"{name} ({new})" for name, new in asked.items())
+            raise ConfigError(
+                f"--tasks: max_length={lm.max_length} leaves no room for a prompt beside the new tokens of {listed}; "
+                "give --gen-kwargs max_gen_toks=N, or leave them out"
+            )
+
     @property
     def _device(self) -> str | None:
         """Where the model runs. As lm-eval's command does, ask for a GPU: hf takes the CPU where there is none."""
@@ -302,6 +322,7 @@ class _Evaluation:
             model_args=self._arguments,
             tasks=tasks,
             num_fewshot=options.num_fewshot,
+            gen_kwargs=self._generation or None,
             batch_size=options.batch_size,
             device=self._device,
             limit=None if options.limit is None else _limit(options.limit),
@@ -364,13 +385,12 @@ class _Evaluation:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out what lm-eval says of every task that loads its data by a function, as ours do."""
-    return "Custom kwargs can be passed" not in str(record.msg)
+    """Leave out what lm-eval says of all tasks that load data by a function, and of our groups of several metrics."""
+    said = record.getMessage()
+    return "Custom kwargs can be passed" not in said and not ("Group 'dsv3_" in said and "is missing in" in said)
 
 
 def _model_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    from lm_eval.utils import simple_parse_args_string
-
     given = {
         "checkpoint" if options.model == "dsv3" else "pretrained": options.checkpoint,
         "tokenizer": options.tokenizer,
@@ -379,12 +399,19 @@ def _model_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "speculative": options.speculative or None,
     }
     arguments = {name: value for name, value in given.items() if value is not None}
-    if any("=" not in word for word in options.model_args.split(",") if word):
-        raise ConfigError(f"--model-args {options.model_args}: must be name=value, with commas between")
-    further = simple_parse_args_string(options.model_args)
+    further = _pairs("--model-args", options.model_args)
     if twice := sorted(set(arguments) & set(further)):
         raise ConfigError(f"--model-args {twice[0]}=...: an option of its own gives it as well; leave one out")
     return arguments | further
+
+
+def _pairs(option: str, text: str) -> dict[str, Any]:
+    from lm_eval.utils import simple_parse_args_string
+
+    if any("=" not in word for word in text.split(",") if word):
+        raise ConfigError(f"{option} {text}: must be name=value, with commas between")
+    pairs: dict[str, Any] = simple_parse_args_string(text)
+    return pairs
 
 
 def _is_whole(word: str, manager: TaskManager) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "list_benchmarks",
     "load_records",
     "load_subsets",
+    "stand_in",
     "used_files",
 ]
 
@@ -401,6 +402,13 @@ def used_files(benchmark: str, subset: str | None = None, split: str = "test") -
     subsets = [subset] if subset is not None else entry.subsets or ("",)
     files = [path.relative_to(folder).as_posix() for name in subsets for path in _files(benchmark, part, name)]
     return list(dict.fromkeys(files))
+
+
+def stand_in(benchmark: str, subset: str | None = None, split: str = "test") -> str:
+    """Name the other split, by how its files begin, that a part of a benchmark is read from; '' if it is its own."""
+    name = _split(benchmark, split).stand_in
+    files = used_files(benchmark, subset, split) if name else []
+    return name if any(Path(file).name.startswith(name) for file in files) else ""
 
 
 def list_benchmarks() -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class Split:
         read: Makes records of a published one.
         keep: Which records belong to the split.
         labels: Beginning of the names of files (``.lst``) with one label a line, where labels are apart.
+        stand_in: Beginning of the names of files that are of another split: a score that rests on them is marked.
     """
 
     hub: Hub
@@ -54,6 +55,7 @@ class Split:
     read: Callable[[Row], Iterator[Record]]
     keep: Callable[[Record], bool] | None = None
     labels: str | None = None
+    stand_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,12 @@ def _arc(difficulty: str, size: int) -> Benchmark:
 
 
 def _race(level: str, size: int) -> Benchmark:
-    test = Split(Hub("ehovy/race", config=level), [f"test.{level}|test/{level}|validation.{level}"], choice.race)
+    test = Split(
+        Hub("ehovy/race", config=level),
+        [f"test.{level}|test/{level}|validation.{level}"],
+        choice.race,
+        stand_in=f"validation.{level}",
+    )
     return Benchmark(f"RACE-{level.title()}", _PPL, "acc_ppl", 5, "research only", "race", test, size=size)
 
 
@@ -265,7 +272,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         "CC BY-SA 3.0",
         "nq_open",
         Split(Hub(_NQ, "validation"), ["NQ-open.dev|validation"], generation.naturalquestions),
-        Split(Hub(_NQ, "train"), ["NQ-open.train|train|NQ-open.efficientqa.dev"], generation.naturalquestions),
+        Split(
+            Hub(_NQ, "train"),
+            ["NQ-open.train|train|NQ-open.efficientqa.dev"],
+            generation.naturalquestions,
+            stand_in="NQ-open.efficientqa.dev",
+        ),
         size=3610,
     ),
     "agieval": Benchmark(
@@ -367,7 +379,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         3,
         "MIT or CC BY 4.0 (both are stated)",
         "cmath",
-        Split(Hub("weitianwen/cmath", files=["cmath_test.jsonl"]), ["cmath_test|cmath_dev"], generation.cmath),
+        Split(
+            Hub("weitianwen/cmath", files=["cmath_test.jsonl"]),
+            ["cmath_test|cmath_dev"],
+            generation.cmath,
+            stand_in="cmath_dev",
+        ),
         Split(
             Hub("weitianwen/cmath", files=["cmath_dev.jsonl"], rows=(500, 501, 502)),
             ["cmath_dev.rows500-502|cmath_dev"],
@@ -381,8 +398,18 @@ BENCHMARKS: dict[str, Benchmark] = {
         5,
         "none stated",
         "cluewsc",
-        Split(Hub("clue/clue", "validation", "cluewsc2020"), ["dev_few_all|dev"], generation.cluewsc),
-        Split(Hub("clue/clue", "train", "cluewsc2020"), ["train_few_all|train"], generation.cluewsc),
+        Split(
+            Hub("clue/clue", "validation", "cluewsc2020"),
+            ["dev_few_all|dev"],
+            generation.cluewsc,
+            stand_in="dev_few_all",
+        ),
+        Split(
+            Hub("clue/clue", "train", "cluewsc2020"),
+            ["train_few_all|train"],
+            generation.cluewsc,
+            stand_in="train_few_all",
+        ),
     ),
     "ceval": Benchmark(
         "C-Eval",

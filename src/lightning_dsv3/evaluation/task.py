@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
-from lightning_dsv3.evaluation.data import BENCHMARKS, coverage, used_files
+from lightning_dsv3.evaluation.data import BENCHMARKS, coverage, stand_in, used_files
 
 
 class RecordShots(ContextSampler):
@@ -75,8 +75,13 @@ class BenchmarkTask(ConfigurableTask):
                 notes.append(f"partial: {num_present} of {len(entry.subsets)} subjects")
         elif entry.size is not None and len(self.eval_docs) < entry.size:
             notes.append(f"partial: {len(self.eval_docs)} of {entry.size}")
-        if self.config.num_fewshot and entry.pool and not used_files(benchmark, subset, "shots"):
-            notes.append("shots of the test split")
+        if other := stand_in(benchmark, subset):
+            notes.append(f"partial: {other} in place of its own split")
+        if self.config.num_fewshot and entry.pool:
+            if not used_files(benchmark, subset, "shots"):
+                notes.append("shots of the test split")
+            elif other := stand_in(benchmark, subset, "shots"):
+                notes.append(f"shots of {other}")
         return notes
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -110,3 +115,23 @@ class BenchmarkTask(ConfigurableTask):
             for request in requests
         ]
         return [*requests, *after_neutral]
+
+
+def without_room(
+    tasks: Mapping[str, Any], max_length: int, max_gen_toks: int, changes: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Return the tasks that ask a model for so many new tokens that a prompt has no room, and how many they ask for.
+
+    Args:
+        tasks: lm-eval's tasks by their names.
+        max_length: Longest text of the model in tokens.
+        max_gen_toks: New tokens where a task does not say.
+        changes: What a run changes of the tasks' ``generation_kwargs``.
+    """
+    asked = {}
+    for name, task in tasks.items():
+        options = {**(task.config.generation_kwargs or {}), **(changes or {})}
+        new = int(options.get("max_gen_toks", max_gen_toks))
+        if task.OUTPUT_TYPE == "generate_until" and new >= max_length:
+            asked[name] = new
+    return asked

@@ -21,7 +21,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class _Table:
 
     def __init__(self, forced: Mapping[str, str]) -> None:
         self.forced = {op: name for op, name in forced.items() if name != AUTO}
-        self.choices: dict[tuple[str, str, torch.dtype, bool, tuple[tuple[str, Size], ...]], str] = {}
+        self.choices: dict[tuple[Any, ...], str] = {}  # by operation, device, dtype, gradients and sizes
 
 
 _table = _Table({})
@@ -212,7 +212,7 @@ _said: set[tuple[str, str, str, str]] = set()
 
 
 def chosen(op: str, like: Tensor, **sizes: Size) -> str:
-    """Return the implementation that takes an operation; about a microsecond.
+    """Return the implementation that takes an operation; a microsecond or two of Python.
 
     Args:
         op: One of :data:`lightning_dsv3.config.kernels.KERNELS`.
@@ -222,17 +222,17 @@ def chosen(op: str, like: Tensor, **sizes: Size) -> str:
     Raises:
         ConfigError: The implementation that is forced refuses.
     """
-    return _chosen(op, like.device.type, like.dtype, torch.is_grad_enabled(), tuple(sizes.items()))
+    return _chosen(op, like.device, like.dtype, torch.is_grad_enabled(), *sizes.items())
 
 
 # A compiled graph holds the choice as a constant and never sees the table.
 @torch.compiler.assume_constant_result
-def _chosen(op: str, device: str, dtype: torch.dtype, grad: bool, sizes: tuple[tuple[str, Size], ...]) -> str:
+def _chosen(*key: Any) -> str:
     table = _table
-    key = (op, device, dtype, grad, sizes)
     name = table.choices.get(key)
     if name is None:
-        case = Case(device, dtype, grad, sizes)
+        op, device, dtype, grad, *sizes = key
+        case = Case(device.type, dtype, grad, tuple(sizes))
         choice = _decide(table, op, case)
         _say(op, case, choice)
         name = table.choices[key] = choice.name

@@ -14,7 +14,7 @@ from lightning_dsv3.balance import RouterObserver, find_routers
 from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.router import Router
 from lightning_dsv3.ops.backends import Case, forced_kernels, is_interpreted, refusals
-from lightning_dsv3.ops.routing import Routed, route, route_plain
+from lightning_dsv3.ops.routing import Routed, affinity, choose_experts, gate_values, route, route_plain
 
 pytest.importorskip("triton")
 
@@ -132,9 +132,13 @@ class TestInterpreted:
         plain = route_plain(logits, bias, **shape.arguments)
         assert sets(plain.expert_TK) == list(chosen)
 
-    @every_shape
-    @pytest.mark.parametrize("used", ["gate", "affinity", "gate_and_affinity"])
-    def test_gradient_of_the_logits(self, shape: Shape, used: str) -> None:
+    @pytest.mark.parametrize(
+        ("name", "used"),
+        [(name, "gate and affinity") for name in SHAPES]
+        + [(name, used) for name in ("v2", "3_groups_of_5", "softmax_normalised") for used in ("gate", "affinity")],
+    )
+    def test_gradient_of_the_logits(self, name: str, used: str) -> None:
+        shape = SHAPES[name]
         logits, bias = shape.draw()
         logits.requires_grad_()
         exact = logits.detach().double().requires_grad_()
@@ -305,6 +309,16 @@ class TestInterpreted:
         routed.gate_TK.sum().backward()
         assert logits.grad.shape == (13, 256)
 
+    def test_without_gradients(self) -> None:
+        shape = SHAPES["3_groups_of_5"]
+        logits, bias = shape.draw()
+        routed = route(logits, bias, **shape.arguments)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                again = route(logits.requires_grad_(), bias, **shape.arguments)
+            assert not again.gate_TK.requires_grad
+            assert all(torch.equal(a, b) for a, b in zip(routed, again, strict=True))
+
     def test_a_second_derivative_is_refused(self) -> None:
         logits = torch.randn(3, 8, requires_grad=True)
         gate = route(logits, None, **Shape(3, 8, 2).arguments).gate_TK
@@ -344,6 +358,23 @@ class TestInterpreted:
 
 def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
+
+
+@every_shape
+def test_the_plain_form_is_its_three_steps(shape: Shape) -> None:
+    logits, bias = shape.draw()
+    arguments = dict(shape.arguments)
+    scoring, normalise, scale = (
+        arguments.pop(name) for name in ("scoring_func", "norm_topk_prob", "routed_scaling_factor")
+    )
+    s = affinity(logits, scoring)
+    expert = choose_experts(s, bias, **arguments)
+    gate = gate_values(s, expert, norm_topk_prob=normalise, routed_scaling_factor=scale)
+    for form in (route, route_plain):
+        with forced_kernels(router="torch"):
+            routed = form(logits, bias, **shape.arguments)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(routed[:3], (gate, expert, s), strict=True))
+        assert routed.counts_E is None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ The counts are the whole input of the balance rule, so every way of getting them
 
 Counting is one ``scatter_add_`` per router, on the CPU and on a GPU, eager and compiled: ``bincount`` would wait for
 the device to learn the largest id, breaks a compiled graph, and on a CPU is slower, as it first looks for the smallest
-and the largest. All layers share one tensor, so that one reduction serves them all, whatever their numbers of experts.
+and the largest. Where a router's kernel has counted on its way and every token is to be counted, that is added instead.
+All layers share one tensor, so that one reduction serves them all, whatever their numbers of experts.
 A hook runs once per layer, with everything that it needs gone from the caches since the layer before: its cost is the
 number of its calls into torch and Python, far more than the counting itself, and it makes as few as it can.
 

@@ -300,6 +300,7 @@ class LayerNormLinear(Linear):
         self._parameter("weight", *self.shape)
 
     def _forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        assert not (self.is_fsdp2 and self.fused), "its backward finds no main_grad"
         dtype = self.activation_dtype(inp)
         x, gamma = inp.to(dtype).float(), self.layer_norm_weight.to(dtype).float()
         x = x * (x.square().mean(dim=-1, keepdim=True) + self._given["eps"]).rsqrt() * gamma

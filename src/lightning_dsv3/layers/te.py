@@ -14,8 +14,8 @@ never see TE's module, nor its ``_extra_state``.
     experts         TE starts one product per expert from the host, so a layer waits once for the GPU to tell how many
                     tokens each expert has
     micro-batches   while :class:`MicroBatches` says so, weights are rounded to FP8 once per optimizer step, and the
-                    FP8 form is kept. A validation in between makes its own. Under FSDP2 it is never kept, as the
-                    weights it is made from are not either; TE then makes it again in the backward
+                    FP8 form is kept. A validation in between makes its own. Under FSDP2 none is kept from one to the
+                    next, as the weights that they are made from are not either
     torch.compile   a graph breaks at each of these calls
 
 Read in Transformer Engine 2.20.2, and run only by the stand-in of the tests, which has the same signatures and rules;
@@ -230,8 +230,9 @@ def _without_parameters(
         module = te.Linear(inputs, outputs, **common)
     for parameter in [parameter for parameter, _ in module.named_parameters()]:
         delattr(module, parameter)
-    if sharded:
-        # What TE finds out by itself where FSDP2 knows its module; then no FP8 weight is kept for the backward.
+    if sharded and norm is None:
+        # What TE finds out by itself where FSDP2 knows its module; then te.Linear keeps no FP8 weight for the backward.
+        # te.LayerNormLinear would not find main_grad any more, and te.GroupedLinear does not ask.
         module._is_fsdp2 = True
     return module
 

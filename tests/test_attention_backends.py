@@ -202,6 +202,23 @@ class TestWidths:
         for padded, own in zip(*results, strict=True):
             assert torch.equal(padded, own)
 
+    @pytest.mark.parametrize(("name", "expected"), [("sdpa", [24, 24, 24]), ("plain", [24, 24, 16])])
+    def test_a_layer_makes_the_widths_that_its_kernel_wants(
+        self, name: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[int] = []
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, made: Documents | None) -> Tensor:
+            seen.extend(x.shape[-1] for x in (q, k, v))
+            return v
+
+        monkeypatch.setitem(ATTENTION_KERNELS, name, kernel)
+        layer = TestModel.make().blocks[0].attention
+        cos, sin = rope_table(torch.arange(5), dim=8, theta=1e4)
+        with forced_kernels(attention=name):
+            assert layer(torch.randn(1, 5, 32), Positions(cos, sin)).shape == (1, 5, 32)
+        assert seen == expected
+
     @pytest.mark.parametrize(
         ("name", "device", "dtype", "widths", "packed", "expected"),
         [

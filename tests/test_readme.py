@@ -29,7 +29,7 @@ from lightning_dsv3.config import load_run_config
 
 README = ROOT / "README.md"
 # The blocks of docs/balance.md need a model around them: tests/test_balance_loops.py runs them.
-PAGES = [README, ROOT / "docs" / "inference.md", ROOT / "docs" / "evaluation.md"]
+PAGES = [README, ROOT / "docs" / "inference.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "kernels.md"]
 BLOCK = re.compile(
     r"(?:^<!-- test: (?P<mark>.*?)-->[ \t]*\n\s*)?"
     r"^(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ \t]*$",

@@ -47,9 +47,13 @@ def doctor(words: Sequence[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="compile the Triton kernels ahead of time")
     options = parser.parse_intermixed_args(words)
     run = load_run_config(options.words)
-    # torch comes with this import.
-    from lightning_dsv3.cli.machine import examine
-
+    try:
+        # torch comes with this import.
+        from lightning_dsv3.cli.machine import examine
+    except Exception as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        print(json.dumps({"format": 1, "error": problem}) if options.json else f"torch does not load: {problem}")
+        return 0
     report = examine(run, compile_kernels=options.compile)
     print(json.dumps(report, indent=2) if options.json else as_text(report, run.name))
     return 0
@@ -84,9 +88,14 @@ def _columns(rows: Iterable[tuple[str, Any]]) -> list[str]:
     width = max(len(name) for name, _ in listed)
     lines = []
     for name, value in listed:
-        first, *rest = textwrap.wrap(value, _WIDTH - width - 2) or [""]
+        first, *rest = _wrapped(value, _WIDTH - width - 2) or [""]
         lines += [f"{name.ljust(width)}  {first}", *(" " * (width + 2) + line for line in rest)]
     return lines
+
+
+def _wrapped(text: str, width: int, further: str = "") -> list[str]:
+    # Commands are to be copied, so nothing is broken at a hyphen.
+    return textwrap.wrap(text, width, subsequent_indent=further, break_on_hyphens=False)
 
 
 def _processor(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -153,14 +162,14 @@ def _chosen(row: Mapping[str, Any]) -> str:
 
 
 def _reasons(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return each reason once; with its dtype where the dtypes differ in it."""
+    """Return each reason once; with its dtype where the dtypes differ in it and it does not say so itself."""
     dtypes_of: dict[str, list[str]] = {}
     for dtype, row in answers.items():
         told = [row["error"]] if row["chosen"] is None else [f"{k}: {v}" for k, v in row["passed_over"].items()]
         for reason in told:
             dtypes_of.setdefault(reason, []).append(dtype)
     return [
-        reason if len(dtypes) == len(answers) else f"{reason} ({', '.join(dtypes)})"
+        reason if len(dtypes) == len(answers) or dtypes[0] in reason else f"{reason} ({', '.join(dtypes)})"
         for reason, dtypes in dtypes_of.items()
     ]
 

@@ -296,7 +296,7 @@ def used_kernels() -> dict[str, list[str]]:
     return {op: sorted(used[op]) for op in KERNELS if op in used}
 
 
-def force_kernels(config: KernelConfig | None = None, **names: str) -> None:
+def force_kernels(config: KernelConfig | None = None, /, **names: str) -> None:
     """Use these implementations from here on, in the whole process.
 
     Args:

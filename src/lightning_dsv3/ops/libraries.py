@@ -47,9 +47,12 @@ def is_interpreted() -> bool:
 
 def gpu_reason() -> str | None:
     """Return why no CUDA device can be used; None where one can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
-    return None
+    try:
+        if torch.cuda.is_available():
+            return None
+    except Exception as error:
+        return f"CUDA cannot be asked: {type(error).__name__}: {_first_line(error)}"
+    return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
 
 
 def _gpu_or_interpreter_reason() -> str | None:

@@ -208,3 +208,32 @@ def test_a_gpu_that_is_not_there_is_the_cpu(folder):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert DSV3LM(checkpoint=folder, device="cuda:0").device.type == "cpu"
+
+
+def test_texts_that_lost_their_beginning_are_counted_and_said_once(ours, caplog):
+    pairs = [("the cat sat. " * n, " on") for n in (1, 60, 70, 80)]
+    ours.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert [r.getMessage() for r in caplog.records] == ["3 of 4 texts lost their beginning: max_length=96 tokens"]
+    caplog.clear()
+    asked = requests("generate_until", *[(text, {"until": ["\n"], "max_gen_toks": 4}) for text, _ in pairs])
+    ours.generate_until(asked, disable_tqdm=True)
+    assert [r.getMessage() for r in caplog.records] == ["3 of 4 texts lost their beginning: max_length=96 tokens"]
+    caplog.clear()
+    ours.loglikelihood(requests("loglikelihood", *pairs[:1]), disable_tqdm=True)
+    assert not caplog.records
+
+
+def test_in_bfloat16_the_batch_size_moves_scores_within_rounding(folder, ours):
+    pairs = [(f"{a}{b}", c) for a in WORDS[:3] for b in WORDS[3:7] for c in (" A", " B", " the cat sat")]
+    models = [DSV3LM(checkpoint=folder, dtype="bfloat16", max_length=LENGTH, batch_size=rows) for rows in (1, 8)]
+    exact, one, eight = (
+        [pair[0] for pair in lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)]
+        for lm in (ours, *models)
+    )
+    assert one != exact
+    for scores in (one, eight):
+        assert scores == pytest.approx(exact, rel=0.05, abs=0.1)
+    assert one == pytest.approx(eight, rel=0.05, abs=0.1)
+    questions = range(0, len(pairs), 3)
+    choices = [[max(range(n, n + 3), key=scores.__getitem__) for n in questions] for scores in (one, eight)]
+    assert sum(a != b for a, b in zip(*choices, strict=True)) <= 1

@@ -11,14 +11,16 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
@@ -27,7 +29,15 @@ from lightning_dsv3.checkpoint import LoadedModel, load_for_inference
 from lightning_dsv3.config import ConfigError
 from lightning_dsv3.evaluation.engine import Engine
 from lightning_dsv3.evaluation.likelihood import Likelihood
-from lightning_dsv3.inference import Sampling
+from lightning_dsv3.evaluation.lm_options import (
+    GenerationOptions,
+    chosen_device,
+    flag,
+    launched_ranks,
+    most_rows,
+    whole_number,
+)
+from lightning_dsv3.evaluation.lm_text import ChatTemplate, text_encoder
 from lightning_dsv3.metrics import MTPAcceptance
 from lightning_dsv3.model import DeepSeekV3
 
@@ -45,8 +55,9 @@ class DSV3LM(TemplateLM):
         tokenizer: A ``tokenizer.json`` or a folder with one; by default the checkpoint's.
         dtype: Dtype of the weights as in ``bfloat16``; by default as stored.
         device: Where to; a GPU that is not there is the CPU, as with ``hf``, since lm-eval asks for one by default.
-        batch_size: Rows of a pass; ``auto`` for as many as the engine's budget of tokens holds. Scores do not depend
-            on it but for rounding.
+            Each of several ranks of a machine takes the GPU of its number.
+        batch_size: Rows of a pass; ``auto`` for as many as the engine's budget of tokens holds, which is halved where
+            memory runs out. Scores do not depend on it but for rounding.
         max_batch_size: Most rows with ``auto``.
         max_length: Longest text in tokens; by default 4096, or what the model has if that is less. Longer ones lose
             their beginning.
@@ -84,27 +95,30 @@ class DSV3LM(TemplateLM):
         model: DeepSeekV3 | None = None,
     ) -> None:
         super().__init__()
-        self._device = _device(device)
+        ranks = launched_ranks()
+        self._device = (
+            chosen_device(device, ranks) if model is None else torch.device(device or model.head.weight.device)
+        )
         self._loaded = _loaded(checkpoint, tokenizer, dtype, self._device, model)
         self._model = self._loaded.model
         self.tokenizer = self._loaded.tokenizer
         known = self._model.config.max_position_embeddings
-        self._max_length = min(_MAX_LENGTH, known) if max_length is None else _int("max_length", max_length, 1)
+        self._max_length = min(_MAX_LENGTH, known) if max_length is None else whole_number("max_length", max_length, 1)
         if self._max_length > known:
             raise ConfigError(f"max_length={self._max_length}: the model has max_position_embeddings={known}")
-        self._max_gen_toks = _int("max_gen_toks", max_gen_toks, 1)
-        self.batch_size = _rows(batch_size, max_batch_size)
+        self._max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
+        self.batch_size = most_rows(batch_size, max_batch_size)
         self._engine = Engine(self._model, max_rows=self.batch_size)
-        self._bos = self._loaded.prefix if add_bos_token is None else self._begin(_flag("add_bos_token", add_bos_token))
-        self._prefix_token_id = None if prefix_token_id is None else _int("prefix_token_id", prefix_token_id, 0)
-        self._whole_sequence = _flag("whole_sequence", whole_sequence)
+        self._bos = self._loaded.prefix if add_bos_token is None else self._begin(flag("add_bos_token", add_bos_token))
+        self._prefix_token_id = None if prefix_token_id is None else whole_number("prefix_token_id", prefix_token_id, 0)
+        self._whole_sequence = flag("whole_sequence", whole_sequence)
         self._num_drafts = None
-        if _flag("speculative", speculative):
-            self._num_drafts = len(self._model.mtp) if num_drafts is None else _int("num_drafts", num_drafts, 1)
+        if flag("speculative", speculative):
+            self._num_drafts = len(self._model.mtp) if num_drafts is None else whole_number("num_drafts", num_drafts, 1)
             if not len(self._model.mtp):
                 raise ConfigError("speculative=true: the checkpoint has no MTP module to draft with; leave it out")
-        self._accelerator: Any = None
-        self._join_ranks()
+        self._encode = text_encoder(self.tokenizer)
+        self._join_ranks(ranks)
 
     @property
     def eot_token_id(self) -> int:
@@ -161,7 +175,7 @@ class DSV3LM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the tokens of a text, behind the begin of sentence where the model has seen one."""
-        tokens: list[int] = self.tokenizer.encode(string, add_special_tokens=False).ids
+        tokens = self._encode(string)
         bos = list(self._bos)
         if add_special_tokens is False or not bos or tokens[: len(bos)] == bos:
             return tokens
@@ -170,6 +184,18 @@ class DSV3LM(TemplateLM):
     def tok_decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out."""
         return self._loaded.decode(tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the chat template to use, for ``--apply_chat_template [NAME]``; None for none."""
+        return self._chat_template.choose(chat_template) if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the text that the model has been trained on."""
+        return self._chat_template.apply(chat_history, add_generation_prompt)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self._loaded.tokenizer_source)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, all its tokens; those too long are scored in windows.
@@ -222,7 +248,9 @@ class DSV3LM(TemplateLM):
         contexts: bool,
     ) -> None:
         """Score continuations behind contexts, and tell ``keep`` of each as soon as it is known."""
-        sequences, first = [], []
+        sequences: list[list[int]] = []
+        first: list[int] = []
+        too_long = 0
         for _, context, continuation in requests:
             context = context or [self.prefix_token_id]  # of white space alone, which lm-eval gives to the continuation
             if not 0 < len(continuation) <= self.max_length:
@@ -231,11 +259,10 @@ class DSV3LM(TemplateLM):
                     f"{self.max_length} at most; shorten it or raise max_length"
                 )
             sequence = [*context, *continuation]
-            if len(sequence) > self.max_length + 1:
-                _log.warning("a text of %d tokens lost its beginning: max_length=%d", len(sequence), self.max_length)
-                sequence = sequence[-(self.max_length + 1) :]
-            sequences.append(sequence)
-            first.append(len(sequence) - len(continuation))
+            too_long += len(sequence) > self.max_length + 1
+            sequences.append(sequence[-(self.max_length + 1) :])
+            first.append(len(sequences[-1]) - len(continuation))
+        self._say_what_was_cut(too_long, len(requests))
         with self._bar(len(requests), title, disable_tqdm) as bar:
             for index, scored in self._engine.score(sequences, None if contexts else first):
                 begin = first[index] - 1
@@ -261,9 +288,16 @@ class DSV3LM(TemplateLM):
             alike.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         with self._bar(len(requests), "Generating", disable_tqdm) as bar:
             for numbers in alike.values():
-                options = _GenerationOptions(requests[numbers[0]].args[1], self)
+                options = GenerationOptions(
+                    requests[numbers[0]].args[1],
+                    max_gen_toks=self.max_gen_toks,
+                    max_length=self.max_length,
+                    end=self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False),
+                )
                 most = self.max_length - options.max_new_tokens
-                prompts = [self._prompt(requests[number].args[0])[-most:] for number in numbers]
+                whole = [self._prompt(requests[number].args[0]) for number in numbers]
+                self._say_what_was_cut(sum(len(prompt) > most for prompt in whole), len(whole))
+                prompts = [prompt[-most:] for prompt in whole]
                 acceptance = None if self._num_drafts is None else MTPAcceptance(self._num_drafts)
                 for index, tokens in self._engine.generate(
                     prompts,
@@ -271,13 +305,13 @@ class DSV3LM(TemplateLM):
                     sampling=options.sampling,
                     seeds=options.seeds(len(prompts)),
                     eos_token_ids=self._loaded.eos_token_ids,
-                    stop=[word for word in options.until if word],
+                    stop=options.until,
                     decode=self.tok_decode,
                     num_drafts=self._num_drafts,
                     acceptance=acceptance,
                 ):
                     number = numbers[index]
-                    text = postprocess_generated_text(self.tok_decode(tokens), options.until, None)
+                    text = postprocess_generated_text(self.tok_decode(tokens), list(options.until), None)
                     results[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update()
@@ -289,6 +323,10 @@ class DSV3LM(TemplateLM):
 
     def _prompt(self, text: str) -> list[int]:
         return self.tok_encode(text) or [self.prefix_token_id]
+
+    def _say_what_was_cut(self, too_long: int, count: int) -> None:
+        if too_long:
+            _log.warning("%d of %d texts lost their beginning: max_length=%d tokens", too_long, count, self.max_length)
 
     def _begin(self, wanted: bool) -> tuple[int, ...]:
         if not wanted:
@@ -303,12 +341,15 @@ class DSV3LM(TemplateLM):
     # lm-eval divides the requests among ranks and gathers what each has; every rank has the whole model, so that no
     # rank waits for another within a pass.
 
-    def _join_ranks(self) -> None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    def _join_ranks(self, world_size: int) -> None:
         if world_size == 1:
             return
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
+            on_gpu = self._device.type == "cuda"
+            if on_gpu:
+                torch.cuda.set_device(self._device)
+            # lm-eval's barriers wait for the slowest rank, whose requests may take hours longer.
+            torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(weeks=52))
         self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -331,39 +372,6 @@ class DSV3LM(TemplateLM):
         """Wait for all ranks."""
         if self.world_size > 1:
             torch.distributed.barrier()
-
-
-class _GenerationOptions:
-    """What a task asks of generation; what is not known is an error, not ignored."""
-
-    def __init__(self, given: Mapping[str, Any], lm: DSV3LM) -> None:
-        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), default_max_gen_toks=lm.max_gen_toks))
-        self.max_new_tokens = int(options.pop("max_gen_toks"))
-        if not 0 < self.max_new_tokens < lm.max_length:
-            raise ConfigError(
-                f"max_gen_toks={self.max_new_tokens}: must be at least 1 and leave room for a prompt in "
-                f"max_length={lm.max_length}; give --gen_kwargs max_gen_toks=N or a larger max_length"
-            )
-        # As in `hf`, the text of the token that ends a text is a stop string too.
-        self.until = [word for word in options.pop("until") if word]
-        end = lm.tokenizer.decode([lm.eot_token_id], skip_special_tokens=False)
-        if end and end not in self.until:
-            self.until.append(end)
-        do_sample, temperature = options.pop("do_sample", False), options.pop("temperature", 0.0)
-        top_k, top_p = options.pop("top_k", None), options.pop("top_p", 1.0)
-        options.pop("max_length", None)
-        if options:
-            raise ConfigError(
-                f"generation_kwargs: {', '.join(sorted(options))} not known to the dsv3 model; it takes until, "
-                "max_gen_toks, do_sample, temperature, top_k and top_p"
-            )
-        self.sampling = Sampling(float(temperature) or 1.0, top_k, float(top_p)) if do_sample else None
-
-    def seeds(self, count: int) -> list[int] | None:
-        """Return a seed for each prompt, from the generator that lm-eval seeds; None where nothing is drawn."""
-        if self.sampling is None:
-            return None
-        return torch.randint(0, 2**62, (count,)).tolist()
 
 
 def _loaded(
@@ -395,36 +403,3 @@ def _loaded(
         tokenizer_source="given",
         averaged=False,
     )
-
-
-def _device(device: str | None) -> torch.device:
-    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        _log.warning("device=%s is not there: running on the CPU", device)
-        return torch.device("cpu")
-    return wanted
-
-
-def _rows(batch_size: int | str | None, max_batch_size: int | str | None) -> int | None:
-    """Return the most rows of a pass; None for as many as fit the engine's budget of tokens."""
-    if batch_size is None or str(batch_size).partition(":")[0] == "auto":
-        return None if max_batch_size is None else _int("max_batch_size", max_batch_size, 1)
-    return _int("batch_size", batch_size, 1)
-
-
-def _int(name: str, value: int | str, least: int) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise ConfigError(f"{name}={value}: must be a whole number of {least} at least")
-    return number
-
-
-def _flag(name: str, value: bool | str) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in ("true", "false"):
-        raise ConfigError(f"{name}={value}: must be true or false")
-    return str(value).lower() == "true"

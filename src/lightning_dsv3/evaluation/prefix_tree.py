@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -82,29 +83,52 @@ def prefix_tree(sequences: Sequence[Sequence[int]]) -> list[Node]:
     return roots
 
 
-def without_short_beginnings(roots: Sequence[Node], least: int) -> list[Node]:
-    """Put beginnings of fewer than ``least`` tokens in front of their continuations again, if those are longer.
+def without_short_runs(roots: Sequence[Node], least: int, most_repeated: int) -> list[Node]:
+    """Put runs of fewer than ``least`` tokens in front of their continuations again, the cheapest ones first.
 
-    A begin of sentence that all texts have is not worth a pass and a fork: what follows it would attend to a cache,
-    and not to itself alone as the first tokens of a text do.
+    A begin of sentence that all texts have, or the word that two questions begin with, is not worth a pass and a fork
+    of its own: its continuations repeat it.
+
+    Args:
+        roots: The tree, which is changed.
+        least: A run of as many tokens stays.
+        most_repeated: Tokens that may be repeated in all.
+
+    Returns:
+        The nodes that sequences begin with now.
 
     Example:
-        >>> roots = without_short_beginnings(prefix_tree([[0, 1, 2, 5], [0, 3, 4, 6]]), 2)
+        >>> roots = without_short_runs(prefix_tree([[0, 1, 2, 5], [0, 3, 4, 6]]), least=2, most_repeated=1)
         >>> [(list(node.tokens), node.depth) for node in roots]
         [([0, 1, 2, 5], 0), ([0, 3, 4, 6], 0)]
     """
-    kept = []
-    pending = list(reversed(roots))
-    while pending:
-        node = pending.pop()
-        shortest = min((child.num_inputs for child in node.children), default=0)
-        if node.ends or len(node.tokens) >= least or shortest < least:
-            kept.append(node)
+    top = Node((), 0, None, children=list(roots))
+    order = {node: number for number, node in enumerate(walk(roots))}
+    parents = {child: node for node in (top, *order) for child in node.children}
+    waiting = [(_repeated(node), order[node], node) for node in order if node.children and len(node.tokens) < least]
+    heapify(waiting)
+    while waiting:
+        expected, _, node = heappop(waiting)
+        if node.ends or len(node.tokens) >= least or not all(child.num_inputs for child in node.children):
             continue
-        for child in reversed(node.children):
+        if (repeated := _repeated(node)) > expected:  # what came before has been put in front of it, or taken its place
+            heappush(waiting, (repeated, order[node], node))
+            continue
+        if repeated > most_repeated:
+            break
+        most_repeated -= repeated
+        before = parents[node]
+        before.children.remove(node)
+        before.children += node.children
+        for child in node.children:
             child.tokens, child.depth, child.parent = [*node.tokens, *child.tokens], node.depth, node.parent
-            pending.append(child)
-    return kept
+            parents[child] = before
+    return top.children
+
+
+def _repeated(node: Node) -> int:
+    """How many tokens more have to be read if each child repeats the node's."""
+    return len(node.tokens) * (len(node.children) - 1)
 
 
 def walk(nodes: Sequence[Node]) -> Iterator[Node]:

@@ -22,15 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from lightning_dsv3.config import DeepSeekV3Config
+from lightning_dsv3.inference.reads import Chunk, Level, Read, plan_reads
 from lightning_dsv3.model import DeepSeekV3, DeepSeekV3Output
 from lightning_dsv3.ops.attention import Positions
-from lightning_dsv3.ops.latent_attention import Segment
+from lightning_dsv3.ops.latent_attention import Segment, takes_segments_apart
 from lightning_dsv3.ops.rope import rope_table
 
 # Slots that a chunk has at least, but for the first of a longer text: much of that is read once and goes no further.
@@ -56,8 +56,8 @@ class LatentCache:
         self.num_layers = config.num_hidden_layers if num_layers is None else num_layers
         self.lengths: list[int] = [0] * batch_size
         self._starts: list[int] = [0] * batch_size  # position of the first token that is this cache's own
-        self._levels: list[_Level] = []  # prefixes, the oldest first
-        self._chunks: list[_Chunk] = []
+        self._levels: list[Level] = []  # prefixes, the oldest first
+        self._chunks: list[Chunk] = []
         self._held: list[int] = [0] * batch_size  # tokens that forks read
 
     @property
@@ -88,7 +88,9 @@ class LatentCache:
         fork = LatentCache(self.config, len(rows), num_layers=self.num_layers)
         fork.lengths, fork._starts = list(lengths), list(lengths)
         fork._levels = [level.of(rows) for level in self._levels]
-        fork._levels.append(_Level(self, list(rows), [n - self._starts[r] for r, n in zip(rows, lengths, strict=True)]))
+        fork._levels.append(
+            Level(self._chunks, list(rows), [n - self._starts[r] for r, n in zip(rows, lengths, strict=True)])
+        )
         for row, length in zip(rows, lengths, strict=True):
             self._held[row] = max(self._held[row], length)
         return fork
@@ -103,7 +105,7 @@ class LatentCache:
         index = torch.tensor(list(rows))
         for chunk in self._chunks:
             if chunk.start < used:
-                chosen._chunks.append(_Chunk(chunk.start, chunk.latent.index_select(1, index.to(chunk.latent.device))))
+                chosen._chunks.append(Chunk(chunk.start, chunk.latent.index_select(1, index.to(chunk.latent.device))))
         return chosen
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -164,7 +166,7 @@ class LatentCache:
         size = num_slots if have == 0 and num_slots > 1 else max(num_slots - have, have // 2, _SMALLEST_CHUNK)
         # Zeros, as what a mask hides is still multiplied: chance values could be NaN.
         latent = like.new_zeros(self.num_layers, self.batch_size, size, like.shape[-1])
-        self._chunks.append(_Chunk(have, latent))
+        self._chunks.append(Chunk(have, latent))
 
 
 class Extension:
@@ -177,10 +179,10 @@ class Extension:
         self._cache = cache
         self._num_new, self._num_tokens = num_new, num_tokens
         self._own_lengths = [cache._own_length(row) for row in range(cache.batch_size)]
-        self._is_first = not cache._levels and not any(self._own_lengths)
+        self._is_alone = not cache._levels and not any(self._own_lengths)
         self._layout = None if all(n == num_new for n in num_tokens) else _Layout(num_tokens, num_new)
         self._aligned = len(set(self._own_lengths)) == 1
-        self._reads: list[_Read] | None = None
+        self._reads: list[Read] | None = None
         self._writes: list[_Write] = []
         self._positions: Positions | None = None
         self._device = torch.device("cpu")
@@ -234,10 +236,25 @@ class Extension:
         if self._reads is None:
             self._cache._grow(max(self._own_lengths) + self._num_new, latent_BSW)
             self._writes = self._plan_writes(latent_BSW.device)
-            self._reads = [] if self._is_first else self._plan_reads(latent_BSW)
+            # Rows that begin with these tokens attend as in training, unless most of that would be padding.
+            by_length = self._layout is not None and takes_segments_apart(latent_BSW, self._num_new)
+            self._is_alone = self._is_alone and not by_length
+            self._reads = [] if self._is_alone else self._plan_reads(latent_BSW, by_length)
         for write in self._writes:
             write.chunk.latent[layer][write.target] = latent_BSW[write.source]
-        return None if self._is_first else [read.segment(layer) for read in self._reads]
+        return None if self._is_alone else [read.segment(layer) for read in self._reads]
+
+    def _plan_reads(self, like: Tensor, by_length: bool) -> list[Read]:
+        cache = self._cache
+        return plan_reads(
+            cache._levels,
+            cache._chunks,
+            self._own_lengths,
+            self._num_tokens,
+            num_new=self._num_new,
+            like=like,
+            by_length=by_length,
+        )
 
     def _plan_writes(self, device: torch.device) -> list[_Write]:
         writes = []
@@ -259,34 +276,6 @@ class Extension:
             if source[0].numel():
                 writes.append(_Write(chunk, (rows[source], slots[source] - chunk.start), source))
         return writes
-
-    def _plan_reads(self, like: Tensor) -> list[_Read]:
-        cache = self._cache
-        reads: list[_Read] = []
-        column = 0
-        for level in cache._levels:
-            for chunk in level.cache._chunks:
-                seen = [min(visible, chunk.stop) - chunk.start for visible in level.visible]
-                width = max(seen)
-                if width <= 0:
-                    continue
-                for first, group, branches in level.groups:
-                    visible = seen[first : first + len(group) * branches]
-                    if max(visible) > 0:
-                        mask = _mask(torch.tensor(visible).unsqueeze(1), max(visible), like)
-                        reads.append(_Read(chunk, group, max(visible), first, branches, column, mask))
-                column += width
-        rows = slice(0, cache.batch_size)
-        # Where all rows are alike, one mask serves them all.
-        lengths = self._own_lengths[:1] if self._aligned else self._own_lengths
-        seen_BS = torch.tensor(lengths).unsqueeze(1) + torch.arange(1, self._num_new + 1)
-        for chunk in cache._chunks:
-            width = min(int(seen_BS.max()), chunk.stop) - chunk.start
-            if width > 0:
-                mask = _mask(seen_BS - chunk.start, width, like)
-                reads.append(_Read(chunk, rows, width, 0, 1, column, mask))
-                column += width
-        return reads
 
 
 @torch.no_grad()
@@ -322,16 +311,30 @@ def extend(
     return output
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Slots ``start`` to ``stop`` of each row's own tokens, all layers: ``[L, B, stop - start, W]``."""
+@torch.no_grad()
+def extend_rows(model: DeepSeekV3, cache: LatentCache, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """As :func:`extend`, of rows of any lengths, without padding.
 
-    start: int
-    latent: Tensor
+    Args:
+        model: The model.
+        cache: As there.
+        tokens: New tokens of each row.
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.latent.shape[2]
+    Returns:
+        The states of all of them behind one another, row by row, ``[T, D]``.
+
+    Raises:
+        ValueError: As there.
+    """
+    counts = [len(row) for row in tokens]
+    device = model.head.weight.device
+    extension = cache.prepare(max(counts), counts).on(device)
+    ids = torch.tensor([token for row in tokens for token in row], device=device)
+    ids = ids.view(len(counts), -1) if len(set(counts)) == 1 else ids.unsqueeze(0)
+    with torch.compiler.set_stance("force_eager"):
+        output: DeepSeekV3Output = model(ids, return_logits=False, cache=extension)
+    extension.commit()
+    return output.hidden.flatten(0, 1)
 
 
 class _Layout:
@@ -356,56 +359,10 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Level:
-    """A prefix: for each row the row of the cache that holds it, and how many of that cache's own slots it sees."""
-
-    cache: LatentCache
-    rows: list[int]
-    visible: list[int]
-
-    def of(self, rows: Sequence[int]) -> _Level:
-        """Return the same for some of the rows."""
-        return _Level(self.cache, [self.rows[row] for row in rows], [self.visible[row] for row in rows])
-
-    @property
-    def groups(self) -> list[tuple[int, range, int]]:
-        """Rows that can be read in one product: the first one, the prefix's rows, and how many share each."""
-        runs = []
-        first = 0
-        for row, same in groupby(self.rows):
-            branches = len(list(same))
-            runs.append((first, range(row, row + 1), branches))
-            first += branches
-        joined = runs[:1]
-        for first, group, branches in runs[1:]:
-            start, before, before_branches = joined[-1]
-            if branches == before_branches and group.start == before.stop:
-                joined[-1] = (start, range(before.start, group.stop), branches)
-            else:
-                joined.append((first, group, branches))
-        return joined
-
-
-@dataclass(frozen=True)
 class _Write:
-    chunk: _Chunk
+    chunk: Chunk
     target: tuple
     source: tuple
-
-
-@dataclass(frozen=True)
-class _Read:
-    chunk: _Chunk
-    rows: range | slice
-    width: int
-    first_row: int
-    branches: int
-    column: int
-    mask: Tensor | None
-
-    def segment(self, layer: int) -> Segment:
-        latent = self.chunk.latent[layer, self.rows.start : self.rows.stop, : self.width]
-        return Segment(latent, self.first_row, self.branches, self.column, self.mask)
 
 
 @dataclass(frozen=True)
@@ -425,15 +382,6 @@ class _LayerCache:
 
     def pack(self, x_BS: Tensor) -> Tensor:
         return self.extension.pack(x_BS)
-
-
-def _mask(visible: Tensor, width: int, like: Tensor) -> Tensor | None:
-    """Return 0 for the first ``visible`` of ``width`` slots, minus infinity behind, ``[..., width]``; None for all."""
-    if int(visible.min()) >= width:
-        return None
-    visible = visible.to(like.device)
-    mask = torch.zeros(*visible.shape, width, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(torch.arange(width, device=like.device) >= visible.unsqueeze(-1), float("-inf"))
 
 
 def _differences(config: DeepSeekV3Config, other: DeepSeekV3Config) -> str:

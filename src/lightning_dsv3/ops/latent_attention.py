@@ -10,7 +10,12 @@ The absorbed form costs a head 2C + R multiplications per query and slot where t
 saves the C (N + V) that it takes to expand a slot: it is the form for few queries, decoding above all.
 
 What is cached lies in segments: pieces that were allocated one after the other, and prefixes that many rows share. A
-segment is read where it lies; only scores are put side by side.
+segment is read where it lies. There are two ways to one softmax over all of them:
+
+    many queries    each segment by torch's fused kernel, which keeps no scores but tells their log-sum-exp L_i; then
+                    o = sum_i exp(L_i - L) o_i with L = log sum_i exp L_i. A prefix is one product for all rows that
+                    share it, and of new tokens the half above the diagonal is left out;
+    few queries     scores of all segments are put side by side.
 
 Shapes: B rows, S queries of a row, H heads, C latent width, R rotary width, N key width without position, V value
 width, W = C + R, G rows of a segment, T slots of a segment.
@@ -18,16 +23,21 @@ width, W = C + R, G rows of a segment, T slots of a segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dsv3.ops.attention import Positions
 
 # Scores that are in memory at a time; beyond it, queries are taken in slices.
 _MOST_SCORES = 1 << 25
+# New tokens of a row from which the fused kernel is quicker than scores in memory.
+_FUSED_QUERIES = 8
+# Keys and values that the fused kernel is given at a time; beyond it, rows of a segment are taken in slices.
+_MOST_EXPANDED = 1 << 26
 
 
 class Segment(NamedTuple):
@@ -39,6 +49,8 @@ class Segment(NamedTuple):
         branches: How many rows share each of the G: row ``first_row + g * branches + j`` attends to g.
         column: Where the segment's T slots stand among all that a row attends to.
         mask: What is added to the scores, 0 or minus infinity, ``[G * branches or 1, S or 1, T]``; None for nothing.
+        is_causal: The mask is that of S new tokens, each of which attends to itself and the new ones before it.
+        num_queries: New tokens of its rows at most, where that is known to be less than S: the others are padding.
     """
 
     latent_GTW: Tensor
@@ -46,6 +58,8 @@ class Segment(NamedTuple):
     branches: int
     column: int
     mask: Tensor | None
+    is_causal: bool = False
+    num_queries: int | None = None
 
     @property
     def rows(self) -> slice:
@@ -118,7 +132,9 @@ def absorbed_is_cheaper(
     [True, True, False]
     """
     slots = sum(s.latent_GTW.shape[0] * s.latent_GTW.shape[1] for s in segments)
-    pairs = num_queries * sum(s.latent_GTW.shape[0] * s.latent_GTW.shape[1] * s.branches for s in segments)
+    pairs = sum(
+        s.latent_GTW.shape[0] * s.latent_GTW.shape[1] * s.branches * (s.num_queries or num_queries) for s in segments
+    )
     absorbed = pairs * (2 * latent_dim + rope_dim)
     expanded = pairs * (nope_dim + rope_dim + v_head_dim) + slots * latent_dim * (nope_dim + v_head_dim)
     return absorbed <= expanded
@@ -136,6 +152,11 @@ def absorbed_attention(q_BSHW: Tensor, segments: Sequence[Segment], *, latent_di
         ``sum_j p_j c_KV_j`` of each head, ``[B, S, H, C]``.
     """
     num_queries, num_heads = q_BSHW.shape[1:3]
+    if takes_segments_apart(q_BSHW, num_queries):
+        # Values are the keys' first C columns: the kernel gets the latents as both, where they lie.
+        return _attend_fused(
+            q_BSHW, segments, lambda latent_GTW: (latent_GTW.unsqueeze(2).expand(-1, -1, num_heads, -1),) * 2
+        )[..., :latent_dim]
     # One key and value for all heads: heads are then nothing but more queries.
     out = _attend(
         q_BSHW.flatten(1, 2).unsqueeze(1),
@@ -166,9 +187,106 @@ def expanded_attention(
         kv_GTHU = expand(latent_GTW[..., :latent_dim])
         k_GTHN, v_GTHV = kv_GTHU.split([kv_GTHU.shape[-1] - v_head_dim, v_head_dim], dim=-1)
         k_rope = latent_GTW[..., latent_dim:].unsqueeze(2).expand(-1, -1, kv_GTHU.shape[2], -1)
-        return torch.cat([k_GTHN, k_rope.to(k_GTHN.dtype)], dim=-1).transpose(1, 2), v_GTHV.transpose(1, 2)
+        return torch.cat([k_GTHN, k_rope.to(k_GTHN.dtype)], dim=-1), v_GTHV
 
-    return _attend(q_BSHQ.transpose(1, 2), segments, keys_and_values, q_BSHQ.shape[1]).transpose(1, 2)
+    def by_head(latent_GTW: Tensor) -> tuple[Tensor, Tensor]:
+        k_GTHQ, v_GTHV = keys_and_values(latent_GTW)
+        return k_GTHQ.transpose(1, 2), v_GTHV.transpose(1, 2)
+
+    def of_one_width(latent_GTW: Tensor) -> tuple[Tensor, Tensor]:
+        k_GTHQ, v_GTHV = keys_and_values(latent_GTW)
+        return _padded(k_GTHQ, width), _padded(v_GTHV, width)
+
+    if takes_segments_apart(q_BSHQ, q_BSHQ.shape[1]):
+        # Zeros behind the narrower of keys and values change nothing; the kernel wants one width.
+        width = max(q_BSHQ.shape[-1], v_head_dim)
+        return _attend_fused(_padded(q_BSHQ, width), segments, of_one_width)[..., :v_head_dim]
+    return _attend(q_BSHQ.transpose(1, 2), segments, by_head, q_BSHQ.shape[1]).transpose(1, 2)
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def takes_segments_apart(like: Tensor, num_queries: int) -> bool:
+    """Whether each segment is read by torch's fused kernel: on a CPU, for many new tokens, without gradients.
+
+    The log-sum-exp, which the public function does not return, comes from the operator behind it. It has no gradient.
+    """
+    return like.device.type == "cpu" and num_queries >= _FUSED_QUERIES and not torch.is_grad_enabled()
+
+
+def _attend_fused(
+    q_BSHW: Tensor, segments: Sequence[Segment], keys_and_values: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Attend to one segment after the other, and weigh what each gives; return ``[B, S, H, W]``.
+
+    ``keys_and_values`` makes ``[G, T, H, W]`` of a segment's latents.
+    """
+    out = total = None
+    known = [False] * q_BSHW.shape[0]
+    # The new tokens themselves come last, and every row has some.
+    for segment in reversed(segments):
+        for part in _of_bounded_size(segment, q_BSHW.shape[2] * q_BSHW.shape[3]):
+            here = (part.rows, slice(part.num_queries))
+            o_BSHW, sum_BSH1 = _fused(q_BSHW[here], part, *keys_and_values(part.latent_GTW))
+            if out is None or total is None:
+                out = o_BSHW.new_zeros(q_BSHW.shape)
+                total = sum_BSH1.new_full((*q_BSHW.shape[:3], 1), float("-inf"))
+            if not any(known[part.rows]):
+                out[here], total[here] = o_BSHW, sum_BSH1
+            else:
+                before = total[here]
+                # Of two sums of nothing, neither has a share; their difference would be nan.
+                both = torch.logaddexp(before, sum_BSH1).clamp_(min=torch.finfo(sum_BSH1.dtype).min)
+                out[here].mul_((before - both).exp_()).add_(o_BSHW.mul_((sum_BSH1 - both).exp_()))
+                total[here] = both
+            known[part.rows] = [True] * (part.rows.stop - part.rows.start)
+    assert out is not None
+    return out.to(q_BSHW.dtype)
+
+
+def _fused(q_BSHW: Tensor, segment: Segment, k_GTHW: Tensor, v_GTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend to one segment; return ``[B, S, H, W]`` and the scores' log-sum-exp ``[B, S, H, 1]``, float32 or float64.
+
+    Queries of rows that share a prefix stand behind one another in memory, so that they are one row's without a copy.
+    """
+    branches, mask = segment.branches, None
+    if segment.mask is not None and not segment.is_causal:
+        mask = segment.mask[:, : q_BSHW.shape[1]].to(q_BSHW.dtype)
+        if branches > 1:
+            mask = mask.expand(q_BSHW.shape[0], q_BSHW.shape[1], -1).unflatten(0, (-1, branches)).flatten(1, 2)
+        mask = mask.unsqueeze(1)
+    q_GnHW = q_BSHW.unflatten(0, (-1, branches)).flatten(1, 2)
+    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.transpose(1, 2) for x in (q_GnHW, k_GTHW, v_GTHW)),
+        is_causal=segment.is_causal,
+        attn_mask=mask,
+        scale=1.0,  # queries are scaled
+    )
+    out, logsumexp = out.transpose(1, 2).to(logsumexp.dtype), logsumexp.transpose(1, 2).unsqueeze(-1)
+    if mask is not None:
+        # A row that sees nothing of the segment: what the kernel makes of it is not defined.
+        blind = (mask.amax(dim=-1) == float("-inf")).transpose(1, 2).unsqueeze(-1)
+        out, logsumexp = out.masked_fill(blind, 0), logsumexp.masked_fill(blind, float("-inf"))
+    return tuple(x.unflatten(1, (branches, -1)).flatten(0, 1) for x in (out, logsumexp))
+
+
+def _of_bounded_size(segment: Segment, width: int) -> Iterator[Segment]:
+    """Take a segment's rows in slices where keys or values of ``width`` numbers a slot would be too many."""
+    rows, slots = segment.latent_GTW.shape[:2]
+    step = max(1, _MOST_EXPANDED // max(1, slots * width))
+    if step >= rows:
+        yield segment
+        return
+    for start in range(0, rows, step):
+        first, stop = start * segment.branches, (start + step) * segment.branches
+        mask = segment.mask
+        yield segment._replace(
+            latent_GTW=segment.latent_GTW[start : start + step],
+            first_row=segment.first_row + first,
+            mask=mask if mask is None or mask.shape[0] == 1 else mask[first:stop],
+        )
 
 
 def _attend(

@@ -164,6 +164,7 @@ class TestHopper:
         assert "--no-build-isolation" in ability(answer, "FP8 products by Transformer Engine")["detail"]
         assert {row["device"] for row in answer["kernels"]} == {"cuda"}
         assert kernel(answer, "fp8")["chosen"] == "emulate"
+        assert kernel(answer, "router")["chosen"] == "triton"  # its logits are float32 in BF16 training too
         assert "not installed" in kernel(answer, "norm")["passed_over"]["liger"]
         printed = text(capsys, "model=671b")
         assert "cuda:1  NVIDIA H100, capability 9.0, 80.0 GiB, 132 multiprocessors" in printed

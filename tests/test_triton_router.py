@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
     def draw(self) -> tuple[Tensor, Tensor | None]:
         logits = torch.randn(self.tokens, self.experts)
-        return logits, torch.rand(self.experts) / 5 if self.bias else None
+        return logits, torch.randn(self.experts) / 2 if self.bias else None
 
 
 SHAPES = {

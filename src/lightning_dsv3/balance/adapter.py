@@ -36,8 +36,8 @@ class RouterAdapter(ABC):
     module's output means. An adapter holds no state: one object serves every layer.
 
     Four methods describe a router that holds its own bias. The others have defaults, for routers whose bias
-    lives elsewhere (:meth:`bias_holder`), is moved by something else as well (:meth:`native_updater`), or that
-    cannot be observed (:meth:`refusal`).
+    lives elsewhere (:meth:`bias_holder`), is moved by something else as well (:meth:`native_updater`), that
+    count their choices themselves (:meth:`counts`), or that cannot be observed (:meth:`refusal`).
 
     Attributes:
         takes_float32_bias: Whether the forward works with a float32 bias beside weights of lower precision. If
@@ -90,7 +90,10 @@ class RouterAdapter(ABC):
         """
 
     def counts(self, module: nn.Module, output: Any) -> Tensor | None:
-        """Return the tokens of each expert, int64 ``[E]``, where the router itself has counted them, or None."""
+        """Return the tokens of each expert, int64 ``[E]``, where the router itself has counted them, or None.
+
+        They are taken where every token is to be counted, and have to be those of :meth:`chosen_experts`.
+        """
         return None
 
     def bias_holder(self, module: nn.Module, parent: nn.Module | None) -> nn.Module:

@@ -21,7 +21,7 @@ class RouterOutput(NamedTuple):
         expert_TK: Chosen experts, int64 ``[T, K]``.
         affinity_TE: Affinities s without bias, float32 ``[T, E]``, for the balance losses.
         logits_TE: Logits that the affinities come from, float32 ``[T, E]``, for the z-loss.
-        counts_E: Tokens of each expert, int64 ``[E]``; None where they were not counted on the way.
+        counts_E: Tokens of each expert in ``expert_TK``, int64 ``[E]``; None where they were not counted on the way.
     """
 
     gate_TK: Tensor

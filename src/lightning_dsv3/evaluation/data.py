@@ -24,6 +24,7 @@ from lightning_dsv3.evaluation.data_table import BENCHMARKS, Benchmark, Hub, Spl
 __all__ = [
     "BENCHMARKS",
     "VARIABLE",
+    "WAY_OUT",
     "Checked",
     "Coverage",
     "DataError",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 VARIABLE = "LIGHTNING_DSV3_DATA"
+WAY_OUT = f"name a folder with the published files in {VARIABLE}"
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +111,8 @@ def load_subsets(benchmark: str, split: str = "test", subsets: Sequence[str] | N
     if subsets is None:
         state = coverage(benchmark)
         if not state.present:
-            raise MissingDataError(f"dsv3_{benchmark}: {state.missing}")
+            way_out = "" if data_folder() else f"; {WAY_OUT}"
+            raise MissingDataError(f"dsv3_{benchmark}: {state.missing}{way_out}")
         if state.absent:
             _log.warning(
                 "dsv3_%s: %d of %d subsets are absent, its score is partial: %s",
@@ -300,7 +303,7 @@ def _load(benchmark: str, hub: Hub, config: str | None, subset: str) -> list[Raw
     except Exception as error:  # of the network, the hub, or the data set's own form
         raise DataError(
             f"dsv3_{benchmark}: {path} {name or ''} ({hub.split}) cannot be loaded from the hub: {error}. "
-            f"Offline, name a folder with the published files in {VARIABLE}."
+            f"Offline, {WAY_OUT}."
         ) from error
     if hub.rows is not None:
         loaded = loaded.select(hub.rows)
@@ -369,10 +372,8 @@ def coverage(benchmark: str, subset: str | None = None) -> Coverage:
         absent = tuple(name for name in subsets if name not in there)
         if not absent:
             return Coverage(source, there, ())
-        missing = (
-            f"{source.format(subset=absent[0])} has not been downloaded and the hub is switched off ({switch}); "
-            f"name a folder with the published files in {VARIABLE}"
-        )
+        first = source.format(subset=absent[0])
+        missing = f"{first} has not been downloaded and the hub is switched off ({switch})"
         return Coverage(source, there, absent, missing)
     parts = [entry.test]
     if entry.needs_pool and (entry.pool or entry.pool_of):

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_dsv3.evaluation.data import BENCHMARKS, DataError, coverage, data_folder, found
+from lightning_dsv3.evaluation.data import BENCHMARKS, WAY_OUT, DataError, coverage, data_folder, found
 from lightning_dsv3.evaluation.data_subjects import MGSM, MMMLU
 
 _log = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def tasks(group: str) -> list[str | dict[str, Any]]:
     if absent := [leaf for leaf in leaves if leaf not in present]:
         listed = "\n".join(f"  {task_name(leaf)}: {coverage(*benchmark_of(leaf)).missing}" for leaf in absent)
         if not present:
-            raise DataError(f"{group}: none of its tasks has its data in {data_folder() or 'the hub cache'}:\n{listed}")
+            where, way_out = data_folder() or "the hub's cache", "" if data_folder() else f"\n{WAY_OUT}"
+            raise DataError(f"{group}: none of its tasks has its data in {where}:\n{listed}{way_out}")
         _log.warning(
             "%s: %d of %d tasks are absent, its score is partial:\n%s", group, len(absent), len(leaves), listed
         )

@@ -1,6 +1,7 @@
 """FP8 by Transformer Engine, as far as a stand-in with its signatures and rules can prove it on a CPU.
 
-``LIGHTNING_DSV3_TE_WHEEL=transformer_engine-2.20.2-py3-none-any.whl`` holds the stand-in against the real sources.
+``LIGHTNING_DSV3_TE_WHEEL=transformer_engine-2.20.2-py3-none-any.whl`` holds the stand-in against the real sources, and
+runs those beneath our layers with emulated products in place of their compiled ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import ast
 import copy
 import gc
 import os
+import subprocess
+import sys
 import weakref
 import zipfile
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import te_stand_in
 import torch
+from conftest import ROOT
 from te_stand_in import Call
 from test_fp8_emulated import FITTING, expert_inputs
 from tiny_model import tiny_model
@@ -67,6 +71,13 @@ class TestStandIn:
         assert ", ".join(constants) == te_stand_in.RECIPE_CONSTANTS
         qparams = [node.target.id for node in body_of(tree, "QParams") if isinstance(node, ast.AnnAssign)]
         assert ", ".join(qparams) == te_stand_in.QPARAMS_FIELDS
+
+    def test_the_real_python_computes_what_the_emulation_does(self):
+        if "LIGHTNING_DSV3_TE_WHEEL" not in os.environ:
+            pytest.skip("LIGHTNING_DSV3_TE_WHEEL names no wheel")
+        program = [sys.executable, str(ROOT / "tests" / "te_sources.py"), os.environ["LIGHTNING_DSV3_TE_WHEEL"]]
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.stdout.strip() == "layers and models compute the same", done.stderr[-3000:]
 
     def test_its_recipe_has_the_fields_it_says(self):
         assert list(te_stand_in.Float8BlockScaling.__dataclass_fields__) == te_stand_in.RECIPE_FIELDS.split(", ")

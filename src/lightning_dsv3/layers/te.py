@@ -18,8 +18,8 @@ never see TE's module, nor its ``_extra_state``.
                     next, as the weights that they are made from are not either
     torch.compile   a graph breaks at each of these calls
 
-Read in Transformer Engine 2.20.2, and run only by the stand-in of the tests, which has the same signatures and rules;
-not on a GPU yet.
+Written for Transformer Engine 2.20.2. Its kernels have not been run yet: the tests have a stand-in with its signatures
+and rules, and run its own Python over emulated products where they are given its wheel.
 
 Shapes: T rows, I inputs, O outputs; K chosen experts, N slots with padding, E experts, D and F widths, G = 2F.
 """

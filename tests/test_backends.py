@@ -8,14 +8,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import lightning as L
 import pytest
+import pytorch_lightning as pl
 import torch
 from tiny_run import quiet_trainer, tiny_data, tiny_module
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import lightning_dsv3.pytorch_lightning
 from lightning_dsv3.callbacks.kernel_choice import KernelChoice
 from lightning_dsv3.config import KERNELS, ConfigError, KernelConfig, load_run_config
 from lightning_dsv3.module import DeepSeekV3Module
@@ -350,8 +353,16 @@ class TestLibraries:
 
 
 class TestRun:
-    def test_a_run_tells_once_what_computed_it(self, capsys: pytest.CaptureFixture[str]) -> None:
-        quiet_trainer(KernelChoice(router="torch"), max_steps=2).fit(tiny_module(), tiny_data())
+    @pytest.mark.parametrize(
+        ("package", "trainer"),
+        [(lightning_dsv3, L.Trainer), (lightning_dsv3.pytorch_lightning, pl.Trainer)],
+        ids=["lightning", "pytorch_lightning"],
+    )
+    def test_a_run_tells_once_what_computed_it(
+        self, package: ModuleType, trainer: type, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = quiet_trainer(KernelChoice(router="torch"), trainer_class=trainer, max_steps=2)
+        run.fit(tiny_module(package), tiny_data(package))
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels")]
         assert line.startswith("kernels on cpu: ")
         for word in ("router torch", "norm torch", "swiglu torch", "cross_entropy chunked", "dsv3 doctor"):

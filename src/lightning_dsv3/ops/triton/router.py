@@ -136,9 +136,8 @@ def _route_kernel(  # type: ignore[no-untyped-def]
         expert_S = slot_S
     else:
         member_S = slot_S % BLOCK_M
-        expert_S = slot_S // BLOCK_M * (E // G) + member_S
-        # Slots without an expert have the number E, so that no comparison finds them.
-        expert_S = tl.where((member_S < E // G) & (expert_S < E), expert_S, E)
+        # Slots without an expert have numbers from E on, so that no comparison finds them.
+        expert_S = tl.where(member_S < E // G, slot_S // BLOCK_M * (E // G) + member_S, E)
     is_expert_TS = (expert_S < E)[None, :] & tl.full([BLOCK_T, 1], True, tl.int1)
     inside_TS = is_token_T[:, None] & is_expert_TS
     at_TS = row_T[:, None] * E + expert_S[None, :]

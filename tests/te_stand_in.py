@@ -363,6 +363,7 @@ def installed() -> Iterator[list[Call]]:
             patch.setitem(libraries.LIBRARIES, name, libraries.LIBRARIES[name]._replace(machine=lambda: None))
             patch.setitem(backends._RULES, ("fp8", "te"), lambda case: libraries.library(name).reason)
             patch.setattr(backends, "_table", backends._Table({}))
+            patch.setattr(backends, "_said", set())
             yield _calls
     finally:
         libraries.library.cache_clear()

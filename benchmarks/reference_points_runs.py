@@ -6,7 +6,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,12 +66,16 @@ class Outcome(NamedTuple):
     samples: list[dict[str, Any]]
 
 
-class ShortestOption(LM):
-    """Prefers the option of the fewest characters: what can be had without reading anything."""
+class Dummy(LM):
+    """Says of an option what a function says of its text, whatever the prompt is."""
+
+    def __init__(self, say: Callable[[str], float]) -> None:
+        super().__init__()
+        self._say = say
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return minus the number of characters."""
-        return [(-float(len(request.args[1])), False) for request in requests]
+        """Return what the function says."""
+        return [(self._say(request.args[1]), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Not for texts."""
@@ -79,6 +84,13 @@ class ShortestOption(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Writes nothing."""
         raise NotImplementedError
+
+
+def characters_of(text: str) -> Callable[[str], float]:
+    """Return a model of single characters: log-likelihoods by how often each is in a text, with one half added."""
+    counts = Counter(text)
+    size = len(text)
+    return lambda option: sum(math.log((counts[character] + 0.5) / size) for character in option)
 
 
 def run_task(lm: Any, asked: Asked, limits: Limits) -> Outcome:
@@ -130,23 +142,20 @@ def _chance(samples: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _beyond_window(lm: Any, samples: Sequence[Mapping[str, Any]]) -> int | None:
-    """Count the records that lose the beginning of a prompt, as it is longer than what the model reads."""
+    """Count the records whose longest request does not fit what the model reads: its prompt loses its beginning."""
     if not hasattr(lm, "tok_encode"):
         return None
     count = 0
     for sample in samples:
-        for arguments in sample["arguments"]:
-            if len(arguments) == 1:  # a text, which is scored in windows
-                return None
-            prompt, rest = arguments
-            if isinstance(rest, str):
-                # The last token is none that the model reads.
-                is_longer = len(lm.tok_encode(prompt + rest)) > lm.max_length + 1
-            else:
-                is_longer = len(lm.tok_encode(prompt)) > lm.max_length - rest["max_gen_toks"]
-            if is_longer:
-                count += 1
-                break
+        longest = max(sample["arguments"], key=lambda arguments: len("".join(map(str, arguments))))
+        if len(longest) == 1:  # a text, which is scored in windows
+            return None
+        prompt, rest = longest
+        if isinstance(rest, str):
+            # The last token is none that the model reads.
+            count += len(lm.tok_encode(prompt + rest)) > lm.max_length + 1
+        else:
+            count += len(lm.tok_encode(prompt)) > lm.max_length - rest["max_gen_toks"]
     return count
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _TITLES = {
-    "length": "A dummy that prefers the shortest option",
+    "dummies": "Dummies: the shortest option, and the one of the most frequent characters",
     "pretrained": "A pretrained model, by lm-eval's hf on our task files",
     "pretrained_texts": "Bits per byte of the pretrained model, three times",
     "trained": "The model of the default training run, by dsv3",

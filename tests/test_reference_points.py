@@ -53,6 +53,7 @@ def points(monkeypatch):
     monkeypatch.setattr(reference_points, "DOMAINS", ("prose",))
     monkeypatch.setattr(reference_points, "default_corpus", lambda *_: ([source], []))
     monkeypatch.setattr(reference_points, "TEXTS", {"songs.py": (source.name, next(source.read()).id)})
+    monkeypatch.setattr(reference_points, "NOVEL", source.name)
     monkeypatch.setattr(reference_points, "TEXT_TOKENS", 20)
     monkeypatch.setattr(reference_points, "WINDOW", 96)
     yield reference_points
@@ -154,26 +155,40 @@ def test_bits_per_byte_are_the_same_three_times(points, llama, tmp_path):
 def test_chance_is_of_each_record_and_shots_are_those_asked_for(points, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(points, "PRETRAINED", (points.Asked("dsv3_piqa"), points.Asked("dsv3_arc_easy_cloze", 3, 0)))
     path = tmp_path / "points.json"
-    path.write_text(json.dumps({"parts": {"length": LENGTH}}))
+    path.write_text(json.dumps({"parts": {"dummies": KEPT}}))
     parts = parts_of(points, path, "--pretrained", str(llama), "--parts", "pretrained")
-    assert parts["length"] == LENGTH  # what is not run is kept
+    assert parts["dummies"] == KEPT  # what is not run is kept
     piqa, arc = parts["pretrained"]["rows"]
     assert piqa["chance"] == 0.5
     assert arc["shots"] == 0
     assert arc["chance"] == pytest.approx((1 / 4 + 1 / 3) / 2)
-    acc = arc["metrics"]["acc_uncond"]
-    assert arc["above_chance"] is None if not acc["stderr"] else (acc["value"] - arc["chance"]) / acc["stderr"]
+    assert arc["above_chance"] == points.above_chance(arc)
 
 
-LENGTH = {"command": "before", "versions": {}, "model": "none", "rows": []}
+def test_above_chance_is_told_in_standard_errors(points):
+    row = {"metric": "acc", "metrics": {"acc": {"value": 0.5, "stderr": 0.05}}, "chance": 0.25}
+    assert points.above_chance(row) == pytest.approx(5.0)
+    assert points.above_chance({**row, "chance": None}) is None
+    assert points.above_chance({**row, "metrics": {"acc": {"value": 1.0, "stderr": 0.0}}}) is None
 
 
-def test_a_short_option_is_preferred(points, tmp_path):
-    (ccpm, c3) = parts_of(points, tmp_path / "points.json", "--parts", "length")["length"]["rows"]
-    texts = [[len(text) for text in doc["choices"]] for doc in choice_records.CCPM[:2]]
-    right = [sizes.index(min(sizes)) == doc["answer"] for sizes, doc in zip(texts, choice_records.CCPM, strict=False)]
-    assert ccpm["metrics"]["acc"]["value"] == sum(right) / 2
+KEPT = {"command": "before", "versions": {}, "model": "none", "rows": []}
+
+
+def test_dummies_say_what_stands_in_the_data(points, tmp_path):
+    parts = parts_of(points, tmp_path / "points.json", "--parts", "dummies")
+    shortest, c3, frequent, _ = parts["dummies"]["rows"]
+    assert shortest["task"] == "dsv3_ccpm, the shortest"
     assert c3["beyond_window"] is None
+
+    def share(say):
+        docs = choice_records.CCPM[:2]
+        return sum(max(range(4), key=lambda n: say(doc["choices"][n])) == doc["answer"] for doc in docs) / 2
+
+    novel = "".join(TEXTS)
+    assert shortest["metrics"]["acc"]["value"] == share(lambda text: -len(text))
+    known = {c: (novel.count(c) + 0.5) / len(novel) for doc in choice_records.CCPM for c in "".join(doc["choices"])}
+    assert frequent["metrics"]["acc"]["value"] == share(lambda text: math.prod(known[c] for c in text))
 
 
 def test_a_model_at_chance_where_it_has_to_be_above_is_said(points, llama, monkeypatch):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-import lightning_dsv3
+from lightning_dsv3 import __version__
 from lightning_dsv3.config import KERNELS, ConfigError, RunConfig
 from lightning_dsv3.ops.backends import Case, decide, forced_kernels
 from lightning_dsv3.ops.libraries import LIBRARIES, gpu_reason, library
@@ -64,7 +64,7 @@ def versions() -> Answer:
     """Return the version of everything that matters, or why there is none."""
     found: Answer = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "lightning-dsv3": lightning_dsv3.__version__,
+        "lightning-dsv3": __version__,
         "torch": f"{torch.__version__}, {_ask(_torch_build)}",
     }
     packages = {**dict.fromkeys(_PACKAGES), **{recipe.package: recipe.install for recipe in LIBRARIES.values()}}

@@ -16,6 +16,8 @@ from lightning_dsv3.ops.libraries import is_interpreted
 
 pytest.importorskip("triton")
 
+from lightning_dsv3.ops.triton import permute as kernels
+
 # One rounding to the dtype, after a sum in float32.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -78,7 +80,7 @@ class TestInterpreted:
     def poison(self, monkeypatch):
         poison_empty(monkeypatch)
 
-    @settings(max_examples=25)
+    @settings(max_examples=18)
     @given(
         tokens=st.sampled_from([1, 2, 31, 63]),
         width=st.sampled_from([1, 5, 128, 130, 600]),
@@ -110,6 +112,28 @@ class TestInterpreted:
                 results.append([*first, *second])
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+    def test_operators_are_registered_right_and_compile(self):
+        plan = plan_dispatch(routing(7, 5, 2), 5, 4)
+        x_TD, y_ND, gate_TK = torch.randn(7, 5), torch.randn(plan.slot_token_N.shape[0], 5), torch.rand(7, 2)
+        for op, operands in [
+            (kernels.permute, (x_TD, gate_TK, plan.slot_token_N, plan.pair_slot_N)),
+            (kernels.combine, (y_ND, None, plan.pair_slot_N, 7)),
+            (kernels.dots, (x_TD, y_ND, plan.pair_slot_N)),
+        ]:
+            torch.library.opcheck(op, operands)
+
+        def there_and_back(x_TD, gate_TK):
+            return combine(permute(x_TD, plan).sin(), plan, 7, gate_TK)
+
+        inputs = [t.requires_grad_() for t in (x_TD, gate_TK)]
+        results = []
+        for function in (there_and_back, torch.compile(there_and_back, fullgraph=True, backend="aot_eager")):
+            with forced_kernels(permute="triton"):
+                y_TD = function(*inputs)
+                results.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), inputs)])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager)
 
     def test_a_gradient_of_any_strides(self):
         plan = plan_dispatch(routing(6, 4, 2), 4)

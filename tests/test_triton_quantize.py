@@ -27,6 +27,7 @@ from lightning_dsv3.ops.quantize import (
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 
+from lightning_dsv3.ops.triton import quantize as kernels  # noqa: E402
 from lightning_dsv3.ops.triton.common import round_to, to_float32  # noqa: E402
 
 BLOCKS = [ACTIVATION_BLOCK, WEIGHT_BLOCK, TRANSPOSED_BLOCK]
@@ -128,7 +129,7 @@ class TestInterpreted:
         np.testing.assert_array_equal(scales.double().numpy(), expected_scales)
         np.testing.assert_array_equal(data.double().numpy(), expected)
 
-    @settings(max_examples=15)
+    @settings(max_examples=12)
     @given(
         rows=st.integers(1, 260),
         columns=st.integers(1, 260),
@@ -143,7 +144,7 @@ class TestInterpreted:
             x = torch.randn(columns, 2 * rows + 1).to(dtype).t()[:-1:2]
         check_quantize(x, block, pow2)
 
-    @settings(max_examples=10)
+    @settings(max_examples=6)
     @given(rows=st.integers(1, 260), columns=st.integers(1, 260), dtype=st.sampled_from(DTYPES), pow2=st.booleans())
     def test_rows_and_columns_at_once(self, rows, columns, dtype, pow2):
         check_both(matrix(rows, columns, dtype), pow2)
@@ -157,6 +158,12 @@ class TestInterpreted:
         check_quantize(x.t(), TRANSPOSED_BLOCK, pow2)
         check_quantize(x, WEIGHT_BLOCK, pow2)
         check_both(x, pow2)
+
+    def test_operators_are_registered_right(self):
+        x = torch.randn(5, 130)
+        torch.library.opcheck(kernels.quantize_blocks, (x, ACTIVATION_BLOCK, True))
+        torch.library.opcheck(kernels.quantize_dequantize_blocks, (x, ACTIVATION_BLOCK, True, torch.bfloat16))
+        torch.library.opcheck(kernels.quantize_with_transpose, (x, True))
 
     def test_nothing_is_quantised_to_nothing(self):
         for shape in [(0, 5), (5, 0)]:

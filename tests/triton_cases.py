@@ -56,7 +56,7 @@ def compiled(module: str) -> list[dict[str, Any]]:
         environment = _environment(TRITON_CACHE_DIR=folder)
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, __file__, module]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return list(json.loads(result.stdout.splitlines()[-1]))
 

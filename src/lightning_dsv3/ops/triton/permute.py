@@ -9,6 +9,8 @@ Three maps, each linear in either of its operands, so that they are each other's
 A program takes some tokens; nobody else writes what it writes, so results are the same in every run. Slots that pad an
 expert's rows belong to no token: :func:`permute` fills them with zeros, the others do not read them.
 
+The functions are registered operators, so that ``torch.compile`` takes each as a whole.
+
 Shapes: T tokens, K chosen experts per token, N slots, D width.
 """
 
@@ -29,6 +31,7 @@ _DOTS = Config({"ROWS": 4, "COLS": 512}, num_warps=4)
 _PADDING = Config({"ROWS": 16, "COLS": 256}, num_warps=4)
 
 
+@torch.library.custom_op("lightning_dsv3::permute", mutates_args=())
 def permute(x_TD: Tensor, gate_TK: Tensor | None, slot_token_N: Tensor, pair_slot_N: Tensor) -> Tensor:
     """Copy each token's row into its K slots, each times its gate value where there are any: ``[N, D]``.
 
@@ -55,6 +58,12 @@ def permute(x_TD: Tensor, gate_TK: Tensor | None, slot_token_N: Tensor, pair_slo
     return out_ND
 
 
+@permute.register_fake
+def _(x_TD: Tensor, gate_TK: Tensor | None, slot_token_N: Tensor, pair_slot_N: Tensor) -> Tensor:
+    return x_TD.new_empty(slot_token_N.shape[0], x_TD.shape[1])
+
+
+@torch.library.custom_op("lightning_dsv3::combine", mutates_args=())
 def combine(y_ND: Tensor, gate_TK: Tensor | None, pair_slot_N: Tensor, num_tokens: int) -> Tensor:
     """Sum each token's K slots, each times its gate value where there are any: ``[T, D]``.
 
@@ -78,6 +87,12 @@ def combine(y_ND: Tensor, gate_TK: Tensor | None, pair_slot_N: Tensor, num_token
     return out_TD
 
 
+@combine.register_fake
+def _(y_ND: Tensor, gate_TK: Tensor | None, pair_slot_N: Tensor, num_tokens: int) -> Tensor:
+    return y_ND.new_empty(num_tokens, y_ND.shape[1])
+
+
+@torch.library.custom_op("lightning_dsv3::pair_dots", mutates_args=())
 def dots(a_TD: Tensor, b_ND: Tensor, pair_slot_N: Tensor) -> Tensor:
     """Multiply each token's row with each of its slots' rows: float32 ``[T, K]``.
 
@@ -96,6 +111,11 @@ def dots(a_TD: Tensor, b_ND: Tensor, pair_slot_N: Tensor) -> Tensor:
         with on_device(a_TD):
             _dots_kernel[grid](a_TD, b_ND, pair_slot_N, out_TK, tokens, D=width, K=choices, **_DOTS.keywords)
     return out_TK
+
+
+@dots.register_fake
+def _(a_TD: Tensor, b_ND: Tensor, pair_slot_N: Tensor) -> Tensor:
+    return a_TD.new_empty(a_TD.shape[0], pair_slot_N.shape[0] // max(a_TD.shape[0], 1), dtype=torch.float32)
 
 
 def _rows_config(width: int) -> Config:

@@ -7,10 +7,12 @@ approximate function.
 
 Division by a power of two is multiplication, exact even where the reciprocal is above float32's largest number: then in
 two steps. Other scales divide with the rounding of IEEE, which costs more than the memory traffic, as it must.
+
+The functions are registered operators, so that ``torch.compile`` takes each as a whole.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -28,7 +30,8 @@ _CONFIGS = {
 _BOTH = Config({"BLOCK": 128, "PART": 32}, num_warps=8)
 
 
-def quantize_blocks(x: Tensor, block: tuple[int, int], pow2_scales: bool) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("lightning_dsv3::quantize_blocks", mutates_args=())
+def quantize_blocks(x: Tensor, block: Sequence[int], pow2_scales: bool) -> tuple[Tensor, Tensor]:
     """Return data and scales of :func:`lightning_dsv3.ops.quantize.quantize_blocks`.
 
     Args:
@@ -44,7 +47,14 @@ def quantize_blocks(x: Tensor, block: tuple[int, int], pow2_scales: bool) -> tup
     return data, scales
 
 
-def quantize_dequantize_blocks(x: Tensor, block: tuple[int, int], pow2_scales: bool, dtype: torch.dtype) -> Tensor:
+@quantize_blocks.register_fake
+def _(x: Tensor, block: Sequence[int], pow2_scales: bool) -> tuple[Tensor, Tensor]:
+    tiles = triton.cdiv(x.shape[0], block[0]), triton.cdiv(x.shape[1], block[1])
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(tiles, dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_dsv3::quantize_dequantize_blocks", mutates_args=())
+def quantize_dequantize_blocks(x: Tensor, block: Sequence[int], pow2_scales: bool, dtype: torch.dtype) -> Tensor:
     """Return what :func:`lightning_dsv3.ops.quantize.quantize_dequantize_blocks` does, in one kernel.
 
     Args:
@@ -58,6 +68,12 @@ def quantize_dequantize_blocks(x: Tensor, block: tuple[int, int], pow2_scales: b
     return out.to(dtype)
 
 
+@quantize_dequantize_blocks.register_fake
+def _(x: Tensor, block: Sequence[int], pow2_scales: bool, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("lightning_dsv3::quantize_with_transpose", mutates_args=())
 def quantize_with_transpose(x: Tensor, pow2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return data and scales of ``x`` in 1 x 128 tiles, and those of its transpose, read once from memory.
 
@@ -95,15 +111,25 @@ def quantize_with_transpose(x: Tensor, pow2_scales: bool) -> tuple[Tensor, Tenso
     return data, scales, turned, turned_scales
 
 
-def _quantize(x: Tensor, out: Tensor, scales: Tensor | None, block: tuple[int, int], pow2_scales: bool) -> None:
+@quantize_with_transpose.register_fake
+def _(x: Tensor, pow2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (rows, columns), size = x.shape, _BOTH.constexprs["BLOCK"]
+    return (
+        x.new_empty(rows, columns, dtype=torch.float8_e4m3fn),
+        x.new_empty(rows, triton.cdiv(columns, size), dtype=torch.float32),
+        x.new_empty(columns, rows, dtype=torch.float8_e4m3fn),
+        x.new_empty(columns, triton.cdiv(rows, size), dtype=torch.float32),
+    )
+
+
+def _quantize(x: Tensor, out: Tensor, scales: Tensor | None, block: Sequence[int], pow2_scales: bool) -> None:
     """Write data and scales; where there is nowhere to put scales, what data times scale is."""
     if not x.numel():
         return
     (rows, columns), config = x.shape, _CONFIGS[block[0], block[1]]
+    grid = triton.cdiv(rows, config.constexprs["ROWS"]), triton.cdiv(columns, config.constexprs["COLS"])
     with on_device(x):
-        _quantize_kernel[
-            (triton.cdiv(rows, config.constexprs["ROWS"]), triton.cdiv(columns, config.constexprs["COLS"]))
-        ](
+        _quantize_kernel[grid](
             x,
             out,
             scales,

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_dsv3.callbacks import AuxFreeBalanceCallback, FP8Monitor
 from lightning_dsv3.config import ConfigError
+from lightning_dsv3.layers.linear import Linear
 from lightning_dsv3.layers.te import MicroBatches
 from lightning_dsv3.module import DeepSeekV3Module
 from lightning_dsv3.ops.backends import forced_kernels
@@ -129,12 +130,12 @@ class TestModel:
         assert (set(plain), set(recomputed)) == (({True}, {False}) if keep else ({None}, {None}))
 
     def test_a_graph_breaks_and_goes_on(self, calls):
-        model, ids = tiny_model(**FITTING), torch.randint(0, 64, (1, 9))
-        convert_to_fp8(model, include=["blocks.1.attention.kv_down"], backend="te")
-        plain = model(ids).logits
-        model.blocks[1].attention.compile(backend="eager")
-        torch.testing.assert_close(model(ids).logits, plain)
-        assert len(calls) == 2
+        layers, x = nn.Sequential(Linear(16, 32), nn.SiLU(), Linear(32, 16)), torch.randn(5, 16)
+        convert_to_fp8(layers, backend="te")
+        plain = layers(x)
+        layers.compile(backend="eager")
+        assert torch.equal(layers(x), plain)
+        assert len(calls) == 4
 
 
 class TestChoice:
@@ -235,14 +236,14 @@ def fit(steps: int = 2, ckpt_path: Any = None, backend: str = "te", **arguments:
 
 class TestRun:
     def test_it_learns_as_the_emulation_does(self, calls):
-        _, module, losses = fit(8)
+        _, module, losses = fit(5)
         assert calls
         calls.clear()
-        _, other, expected = fit(8, backend="emulate")
+        _, other, expected = fit(5, backend="emulate")
         assert not calls
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=5e-3, atol=0)
         assert losses[0] == pytest.approx(expected[0], rel=1e-4)
-        assert losses[-1] < losses[0] - 1
+        assert losses[-1] < losses[0] - 0.5
         assert list(module.state_dict()) == list(other.state_dict())
         assert not [m for m in module.modules() if "_te" in vars(m) or is_fp8(m)]
 

@@ -8,16 +8,18 @@
 Only the request phase is timed: what lm-eval asks of a model, from text to log-likelihoods or text. Requests are made
 once and given to both models in turn. ``hf`` is at its best here: attention ``sdpa``, of its expert implementations and
 of several batch sizes the quickest, found for each benchmark on part of its requests; ``logits_cache`` is on, so that
-letters to choose from cost it one pass a question. Answers are compared: log-likelihoods to 1e-4 a token, generated
-text exactly, but for a first different token that is a tie.
+letters to choose from cost it one pass a question. Ours is asked for no more than ``hf`` says: ``whole_sequence`` is
+off, and ``seconds_whole_sequence`` is what it takes with it. Answers are compared: log-likelihoods to 1e-4 a token,
+generated text exactly, but for a first different token that is a tie.
 
 Tokens: ``asked`` of all requests by themselves; ``unique`` in their prefix tree, the least that has to be computed;
 ``computed`` by our engine; ``hf_computed`` by the other, padding included. Of generation all but ``hf_computed`` are of
 prompts alone.
 
 The bound is what perfect sharing would give: hf's seconds over those that the unique tokens take in plain forward
-passes of our model on full rows, measured in turn with hf's. To this, generation adds our seconds behind the first new
-token (those of the whole less those of a run that stops there). ``reached`` is the ratio over the bound.
+passes of our model on full rows, measured in turn with hf's; for BPB, of which every token is scored, with the loss of
+all. To this, generation adds our seconds behind the first new token (those of the whole less those of a run that stops
+there). ``reached`` is the ratio over the bound.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.data import load_tokenizer, save_tokenizer
 from lightning_dsv3.evaluation.engine import TokenCounts
 from lightning_dsv3.evaluation.lm import DSV3LM
+from lightning_dsv3.evaluation.lm_text import text_encoder
 from lightning_dsv3.model import DeepSeekV3
 
 # `batched_mm` copies the experts' matrices for every token: in a pass over prompts it takes many times as long.
@@ -70,9 +73,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--subjects", type=int, default=3, help="subjects of CMMLU and MMLU")
     parser.add_argument("--questions", type=int, default=50, help="questions of a subject")
-    parser.add_argument("--documents", type=int, default=120, help="questions of C3")
-    parser.add_argument("--texts", type=int, default=30, help="documents of BPB")
-    parser.add_argument("--prompts", type=int, default=48, help="prompts of CMRC and GSM8K")
+    parser.add_argument("--documents", type=int, default=80, help="questions of C3")
+    parser.add_argument("--texts", type=int, default=20, help="documents of BPB")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts of CMRC and GSM8K")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens of a generated answer at most")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes that hf tries")
     parser.add_argument("--batch", default="auto", help="our batch size")
@@ -131,7 +134,9 @@ class Sides:
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.is_exact = arguments.dtype == "float32"
-        self.ours = DSV3LM(checkpoint=folder, dtype=arguments.dtype, device="cpu", batch_size=arguments.batch)
+        self.ours = DSV3LM(
+            checkpoint=folder, dtype=arguments.dtype, device="cpu", batch_size=arguments.batch, whole_sequence=False
+        )
         self.hf = HFLM(
             pretrained=str(folder), dtype=arguments.dtype, device="cpu", batch_size=1, max_length=self.ours.max_length,
             attn_implementation="sdpa",
@@ -157,6 +162,7 @@ class Sides:
         ids = torch.randint(3, self.hf.model.config.vocab_size, PASS, generator=generator)
         passes: dict[str, Callable[[], Any]] = {
             "ours": lambda: self.ours._model(ids, return_logits=False),
+            "ours_scoring": lambda: self.ours._model(ids, labels=ids, return_logits=False, use_mtp=False),
             "hf": lambda: self.hf.model(ids, use_cache=False),
         }
         best = min(EXPERTS, key=lambda experts: self._with(experts, lambda: timed(passes["hf"])[0]))
@@ -201,12 +207,17 @@ class Sides:
             "ratio": statistics.median(h / o for o, h in zip(seconds["ours"], seconds["hf"], strict=True)),
             "hf_settings": settings,
         }  # fmt: skip
-        least = counts.unique / self.forward_rates["ours"]
+        scores_all = requests.kind == "loglikelihood_rolling"
+        least = counts.unique / self.forward_rates["ours_scoring" if scores_all else "ours"]
         if requests.kind == "generate_until":
             row |= self._first_tokens(requests)
             least += max(0.0, row["seconds"] - row["seconds_to_first_token"])
         else:
             row["seconds_tokenising"] = timed(lambda: self._tokenise(requests))[0]
+        if requests.kind == "loglikelihood":
+            self.ours._whole_sequence = True
+            row["seconds_whole_sequence"] = timed(lambda: self.run("ours", requests))[0]
+            self.ours._whole_sequence = False
         row["bound"] = row["hf_seconds"] / least
         row["reached"] = row["ratio"] / row["bound"]
         row |= self._compare(requests, answers) if self.is_exact else self._flips(requests)
@@ -217,14 +228,15 @@ class Sides:
             f"{settings['batch']:>7} {settings['experts']}",
             flush=True,
         )
-        for key in ("choices_flipped", "equal_texts"):
+        for key in ("seconds_whole_sequence", "choices_flipped", "largest_difference_of_batches", "equal_texts"):
             if key in row:
                 print(f"        {key}: {row[key]}")
         return row
 
     def run(self, side: str, requests: Requests, instances: Sequence[Instance] | None = None) -> list[Any]:
-        """Have one side answer."""
+        """Have one side answer, ours without what it remembers of texts."""
         lm = self.ours if side == "ours" else self.hf
+        self.ours._encode = text_encoder(self.ours.tokenizer)
         with redirect_stderr(io.StringIO()):  # progress bars of rolling log-likelihoods, whatever disable_tqdm says
             answers: list[Any] = getattr(lm, requests.kind)(list(instances or requests.instances), disable_tqdm=True)
         return answers
@@ -242,8 +254,10 @@ class Sides:
             return self._with(experts, lambda: timed(lambda: self.run("hf", requests, part))[0])
 
         start = self.arguments.batches[len(self.arguments.batches) // 2]
-        experts = min(EXPERTS, key=lambda kind: seconds(start, kind))
-        batch = min(self.arguments.batches, key=lambda size: seconds(size, experts))
+        at_start = {kind: seconds(start, kind) for kind in EXPERTS}
+        experts = min(at_start, key=at_start.__getitem__)
+        by_batch = {n: seconds(n, experts) if n != start else at_start[experts] for n in self.arguments.batches}
+        batch = min(by_batch, key=by_batch.__getitem__)
         self.hf.batch_size_per_gpu = batch
         self.hf.model.set_experts_implementation(experts)
         return {"batch": batch, "experts": experts, "attention": self.hf.model.config._attn_implementation}
@@ -266,6 +280,7 @@ class Sides:
         }
 
     def _tokenise(self, requests: Requests) -> None:
+        self.ours._encode = text_encoder(self.ours.tokenizer)
         for instance in requests.instances:
             if requests.kind == "loglikelihood":
                 self.ours._encode_pair(*instance.args)
@@ -307,20 +322,26 @@ class Sides:
         return float((logits[made[0][same]] - logits[made[1][same]]).abs())
 
     def _flips(self, requests: Requests) -> dict[str, Any]:
-        """Return the share of documents whose choice is not the same for all batch sizes, for each side."""
+        """Return, for each side, the share of documents whose choice is not the same for all batch sizes."""
         if requests.kind != "loglikelihood":
             return {}
         documents = requests.by_document()
-        flipped = {}
+        flipped, apart = {}, {}
         for side in ("ours", "hf"):
-            chosen = []
+            chosen, scores = [], []
             for batch in self.arguments.batches:
                 self.ours._engine.max_rows = self.hf.batch_size_per_gpu = batch
-                scores = [pair[0] for pair in self.run(side, requests)]
-                chosen.append([max(numbers, key=lambda number: scores[number]) for numbers in documents])
+                scores.append([pair[0] for pair in self.run(side, requests)])
+                chosen.append([max(numbers, key=lambda number: scores[-1][number]) for numbers in documents])
             flipped[side] = sum(len(set(choices)) > 1 for choices in zip(*chosen, strict=True)) / len(documents)
+            apart[side] = max(max(values) - min(values) for values in zip(*scores, strict=True))
         self.ours._engine.max_rows = self.ours.batch_size
-        return {"choices_flipped": flipped, "batches": list(self.arguments.batches)}
+        return {
+            "choices_flipped": flipped,
+            "largest_difference_of_batches": apart,
+            "documents": len(documents),
+            "batches": list(self.arguments.batches),
+        }
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_model
 
+from lightning_dsv3.evaluation import engine as engine_module
 from lightning_dsv3.evaluation.engine import Engine
-from lightning_dsv3.evaluation.prefix_tree import count_inputs, path, prefix_tree, walk
+from lightning_dsv3.evaluation.prefix_tree import count_inputs, path, prefix_tree, walk, without_short_runs
 from lightning_dsv3.inference import Decoder, Sampling
 
 # Few tokens, so that much is shared, and what begins alike does not end alike.
@@ -93,22 +94,26 @@ class TestScoring:
     def test_logits_in_pieces_are_the_same(self, model, monkeypatch):
         sequences = torch.randint(0, 64, (5, 20), generator=torch.Generator().manual_seed(0)).tolist()
         expected = dict(Engine(model).score(sequences))
-        monkeypatch.setattr("lightning_dsv3.evaluation.engine._MOST_LOGITS", 64 * 7)
+        monkeypatch.setitem(engine_module._MOST_LOGITS, "cpu", 64 * 7)
         for number, scored in Engine(model).score(sequences):
             np.testing.assert_allclose(scored.logprobs, expected[number].logprobs, atol=1e-6)
 
     def test_rows_of_very_different_lengths_are_not_padded_to_the_longest(self, model):
         generator = torch.Generator().manual_seed(0)
-        lengths = (400, 390, 12, 9, 8, 7, 6)
+        lengths = (400, 390, *range(16, 6, -1))
         sequences = [
             [n, *torch.randint(0, 64, (size - 1,), generator=generator).tolist()] for n, size in enumerate(lengths)
         ]
         engine = Engine(model)
-        batches = [
-            [len(node.tokens) for node, _ in batch]
-            for batch in engine._batches([(n, 0) for n in prefix_tree(sequences)])
-        ]
-        assert sorted(map(sorted, batches)) == [[6, 7, 8, 9, 12], [390, 400]]
+
+        def batches():
+            made = engine._batches([(n, 0) for n in prefix_tree(sequences)])
+            return sorted(sorted(len(node.tokens) for node, _ in batch) for batch in made)
+
+        # On a CPU attention is not padded; elsewhere all of it is.
+        assert batches() == [[7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 390, 400]]
+        engine._most_padded = 1.3
+        assert batches() == [[7, 8, 9, 10, 11, 12, 13, 14], [15, 16, 390, 400]]
 
     def test_a_begin_of_sentence_in_common_is_no_prefix(self, model):
         engine = Engine(model)
@@ -139,3 +144,111 @@ class TestGenerating:
         engine = Engine(model)
         dict(engine.generate(prompts, max_new_tokens=3))
         assert (engine.counts.asked, engine.counts.unique, engine.counts.computed) == (66, 26, 26)
+
+
+class TestShortRuns:
+    @given(sequences=texts, least=st.integers(1, 6), most=st.integers(0, 12))
+    def test_sequences_stay_and_no_more_is_repeated_than_allowed(self, sequences, least, most):
+        roots = prefix_tree(sequences)
+        before = count_inputs(roots)
+        roots = without_short_runs(roots, least, most)
+        assert before <= count_inputs(roots) <= before + most
+        ends = {}
+        for node in walk(roots):
+            assert node.depth == sum(len(part.tokens) for part in path(node)[:-1])
+            for number in node.ends:
+                ends[number] = [token for part in path(node) for token in part.tokens]
+        assert [ends[number] for number in range(len(sequences))] == sequences
+
+    def test_cheap_ones_go_first_and_long_ones_stay(self):
+        def beginnings(most):
+            sequences = [[1, 2, 9, n, 5, 5] for n in range(3)] + [[3, n, 4, 4] for n in range(2)]
+            return [list(node.tokens[:4]) for node in without_short_runs(prefix_tree(sequences), 3, most)]
+
+        assert beginnings(0) == [[1, 2, 9], [3]]
+        assert beginnings(1) == [[1, 2, 9], [3, 0, 4, 4], [3, 1, 4, 4]]
+        assert beginnings(1000)[0] == [1, 2, 9]
+
+    def test_a_run_within_a_text_too(self):
+        shared = list(range(10, 30))
+        sequences = [[*shared, 1, n, *range(30, 40)] for n in range(4)] + [[*shared, 2, *range(30, 40)]]
+        (root,) = without_short_runs(prefix_tree(sequences), 16, 3)
+        assert [list(child.tokens[:2]) for child in root.children] == [[2, 30], [1, 0], [1, 1], [1, 2], [1, 3]]
+
+
+class TestWhereMemoryRunsOut:
+    @pytest.fixture
+    def small(self, model, monkeypatch):
+        """A machine that holds so many new tokens of a pass, and notes how many there were."""
+        passes = []
+
+        def hold(most):
+            forward = type(model).forward
+
+            def limited(self, ids, **options):
+                passes.append(ids.numel())
+                if ids.numel() > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return forward(self, ids, **options)
+
+            monkeypatch.setattr(type(model), "forward", limited)
+            return passes
+
+        return hold
+
+    sequences = torch.randint(0, 64, (24, 12), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def test_batches_are_halved_and_scores_stay(self, model, small, caplog):
+        expected = dict(Engine(model).score(self.sequences))
+        passes = small(70)
+        engine = Engine(model)
+        scores = dict(engine.score(self.sequences))
+        for number, scored in expected.items():
+            np.testing.assert_allclose(scores[number].logprobs, scored.logprobs, atol=1e-5)
+        # Failed passes shrink, and nothing that fits is run twice.
+        assert sum(tokens for tokens in passes if tokens <= 70) == engine.counts.computed
+        assert engine.max_tokens <= 132
+        assert len(caplog.records) == 1
+
+        passes.clear()
+        dict(engine.score(self.sequences))
+        assert max(passes) <= 140, "what follows stays small"
+
+    def test_prompts_are_continued_by_fewer_rows(self, model, small, caplog):
+        options = {"max_new_tokens": 5}
+        expected = dict(Engine(model).generate(self.sequences, **options))
+        passes = small(60)
+        made = list(Engine(model).generate(self.sequences, **options))
+        assert dict(made) == expected
+        assert len(made) == len(expected), "a prompt is continued once"
+        assert min(passes) < max(passes)
+        assert len(caplog.records) == 1
+
+    def test_rows_that_have_finished_are_not_done_again(self, model, monkeypatch):
+        prompts = [[1, 2], [3, 4], [5, 6], [7, 8]]
+        plain = dict(Engine(model).generate(prompts, max_new_tokens=6))
+        decoded = []
+
+        class Breaks(Decoder):
+            def __iter__(self):
+                decoded.append([tuple(prompt) for prompt in self._prompts])
+                for round_, made in enumerate(super().__iter__()):
+                    yield made
+                    if len(decoded) == 1 and round_ == 1:
+                        raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("lightning_dsv3.evaluation.engine.Decoder", Breaks)
+        end = plain[0][0]
+        again = dict(Engine(model).generate(prompts, max_new_tokens=6, eos_token_ids=[end]))
+        for number, tokens in plain.items():
+            stop = tokens.index(end) + 1 if end in tokens else len(tokens)
+            assert again[number] == tokens[:stop]
+        assert (1, 2) in decoded[0]
+        assert all((1, 2) not in rows for rows in decoded[1:])
+
+    def test_a_text_that_does_not_fit_alone_is_an_error(self, model, small):
+        small(5)
+        with pytest.raises(torch.OutOfMemoryError):
+            dict(Engine(model).score(self.sequences[:2]))
+        with pytest.raises(torch.OutOfMemoryError):
+            dict(Engine(model).generate(self.sequences[:2], max_new_tokens=2))

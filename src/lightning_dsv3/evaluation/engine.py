@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -250,7 +251,7 @@ class Engine:
         if num_drafts is not None:
             self.counts.unique += sum(map(len, prompts))
             whole = [(number, prompt, 0) for number, prompt in enumerate(prompts)]
-            yield from self._decode(sorted(whole, key=_longest_first), lambda rows: finish(rows, None))
+            yield from self._decode(sorted(whole, key=_longest_first), partial(finish, cache=None))
             return
         roots = prefix_tree(prompts)
         unique = sum(len(node.tokens) for node in walk(roots))
@@ -268,7 +269,7 @@ class Engine:
         # What one prompt alone has is run by the decoder.
         leaves = [(node.ends[0], node.tokens, row) for node, row in nodes if not node.children and len(node.ends) == 1]
         leaves = sorted(leaves, key=_longest_first) if cache is None else leaves
-        yield from self._decode(leaves, lambda rows: finish(rows, cache))
+        yield from self._decode(leaves, partial(finish, cache=cache))
 
         def run(batch: Sequence[tuple[Node, int]]) -> LatentCache:
             forked = LatentCache(self.model.config, len(batch)) if cache is None else cache.fork([r for _, r in batch])
@@ -279,7 +280,7 @@ class Engine:
         for batch, forked in self._passes(shared, run):
             # A prompt that ends here has its last token read once more, to have something that predicts.
             ended = [(number, [node.tokens[-1]], row) for row, (node, _) in enumerate(batch) for number in node.ends]
-            yield from self._decode(ended, lambda rows, forked=forked: finish(rows, forked, True))
+            yield from self._decode(ended, partial(finish, cache=forked, is_whole=True))
             children = [(child, row) for row, (node, _) in enumerate(batch) for child in node.children]
             if children:
                 yield from self._generate_behind(forked, children, finish)

@@ -102,12 +102,13 @@ class ChatTemplate:
         from transformers import PreTrainedTokenizerFast  # it comes with lm-eval's `hf`; needed for chat models alone
 
         folder = Path(source).parent
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if Path(source).is_file() else None
-        if self._tokenizer is None or not self._tokenizer.chat_template:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if Path(source).is_file() else None
+        if tokenizer is None or not tokenizer.chat_template:
             raise ConfigError(
                 f"apply_chat_template: no chat template is beside the tokenizer ({source}); base models have none: "
                 "leave the option out, or put chat_template.jinja there"
             )
+        self._tokenizer = tokenizer
         self._name: str | None = None
 
     def choose(self, name: bool | str) -> str:

@@ -134,7 +134,8 @@ def plan_reads(
         by_length: Segments are read apart: rows need not all be padded to S.
     """
     queries = list(num_tokens) if by_length else [num_new] * len(num_tokens)
-    reads, column = [], 0
+    reads: list[Read] = []
+    column = 0
     for level in levels:
         for chunk in level.chunks:
             seen = [min(visible, chunk.stop) - chunk.start for visible in level.visible]

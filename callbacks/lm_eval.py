@@ -395,12 +395,21 @@ def _in_evaluation(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class _Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @contextmanager
 def _quiet() -> Iterator[list[logging.LogRecord]]:
     """Let nothing print or draw a progress bar, and lm-eval log errors alone; yield what this package warns of."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler = _Kept(logging.WARNING)
     theirs, ours = logging.getLogger("lm_eval"), logging.getLogger("lightning_dsv3")
     level, propagate = theirs.level, ours.propagate
     theirs.setLevel(logging.ERROR)
@@ -408,7 +417,7 @@ def _quiet() -> Iterator[list[logging.LogRecord]]:
     ours.addHandler(handler)
     try:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            yield records
+            yield handler.records
     finally:
         ours.removeHandler(handler)
         ours.propagate = propagate

@@ -424,7 +424,7 @@ def test_gold_scores_1_and_another_option_0_on_every_record_at_hand(manager, tas
         pytest.skip(f"no {task} in LIGHTNING_DSV3_DATA")
     loaded = manager.load(task)["tasks"][task]
     count = 0
-    for document in loaded.test_docs():
+    for document in loaded.test_docs().to_list():
         options = range(len(document["choices"]) * (2 if "neutral_context" in metadata else 1))
         asked = [SimpleNamespace(idx=index, doc=document) for index in options]
         for model, score in ((knowing, 1.0), (mistaken, 0.0)):

@@ -371,9 +371,10 @@ class TestDefaults:
         assert [given["include_defaults"] for given in asked] == [False]
 
 
-def test_what_this_package_warns_of_while_it_evaluates_is_said_once(tasks, recwarn, caplog):
-    fit(evaluator(tasks, max_length=8, every_n_steps=1), max_steps=2)
-    (said,) = [str(one.message) for one in recwarn.list if "beginning: max_length=8" in str(one.message)]
+def test_what_this_package_warns_of_while_it_evaluates_is_said_once(tasks, caplog):
+    with pytest.warns(UserWarning, match="beginning") as caught:
+        fit(evaluator(tasks, max_length=8, every_n_steps=1), max_steps=2)
+    (said,) = [str(one.message) for one in caught if "beginning: max_length=8" in str(one.message)]
     assert said.count("lost") == 1
     assert not [record for record in caplog.records if "beginning" in record.getMessage()]
     assert logging.getLogger("lightning_dsv3").propagate

@@ -212,6 +212,20 @@ class TestCompiled:
             assert torch.equal(compiled(x, 8), x - 1)  # another graph, another choice
         assert counter.frame_count == 2
 
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_a_width_that_changes_is_chosen_for_anew(self, dynamic: bool | None, triton: Rules) -> None:
+        torch._dynamo.reset()
+
+        def function(x: Tensor) -> Tensor:
+            return x + 1 if chosen("router", x, experts=x.shape[-1], biased=True) == "triton" else x - 1
+
+        compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
+        for experts in (8, 9, 10):
+            x = torch.zeros(3, experts)
+            assert torch.equal(compiled(x), x + 1)
+            assert torch.equal(compiled(x[:2]), x[:2] + 1)
+        assert [case.size("experts") for case in triton.asked] == [8, 9, 10]
+
     def test_a_forced_one_that_refuses_is_the_same_error_while_tracing(self, triton: Rules) -> None:
         torch._dynamo.reset()
         triton.reason = "the moon is full"

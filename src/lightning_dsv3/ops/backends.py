@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -212,7 +213,7 @@ _said: set[tuple[str, str, str, str]] = set()
 
 
 def chosen(op: str, like: Tensor, **sizes: Size) -> str:
-    """Return the implementation that takes an operation; a microsecond or two of Python.
+    """Return the implementation that takes an operation; once it is known, under a microsecond of Python.
 
     Args:
         op: One of :data:`lightning_dsv3.config.kernels.KERNELS`.
@@ -222,6 +223,9 @@ def chosen(op: str, like: Tensor, **sizes: Size) -> str:
     Raises:
         ConfigError: The implementation that is forced refuses.
     """
+    if torch.compiler.is_dynamo_compiling():
+        # A width that is symbolic in a graph becomes a number, with a guard: the graph is for this width.
+        sizes = {name: operator.index(size) for name, size in sizes.items()}
     return _chosen(op, like.device, like.dtype, torch.is_grad_enabled(), *sizes.items())
 
 

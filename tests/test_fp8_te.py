@@ -182,6 +182,18 @@ class TestLinear:
         with torch.no_grad():
             assert not layer(x).requires_grad
 
+    def test_on_another_device_it_begins_anew(self, calls):
+        layer = both(FP8Linear(32, 16), "te")
+        layer(torch.randn(4, 32))
+        companions = vars(layer)["_te"]
+        module = companions.modules["Linear"]
+        layer(torch.randn(4, 32))
+        assert companions.modules["Linear"] is module
+        companions.device = torch.device("cuda:1")  # as if the layer had been there
+        layer(torch.randn(4, 32))
+        assert companions.modules["Linear"] is not module
+        assert companions.device == torch.device("cpu")
+
     def test_without_autocast_and_in_bf16_throughout(self, calls):
         for dtype in (torch.float32, torch.bfloat16):
             layers = [both(FP8Linear(32, 16).to(dtype), backend) for backend in ("te", "emulate")]

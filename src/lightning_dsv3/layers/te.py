@@ -83,7 +83,7 @@ class _Companions:
     """TE's modules beside one of ours, and for which weights each holds an FP8 form."""
 
     micro_batches: MicroBatches | None = None
-    made_for: tuple[torch.device, bool] | None = None
+    device: torch.device | None = None
     modules: dict[str, Any] = field(default_factory=dict)
     held: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
@@ -163,9 +163,8 @@ def _product(
 ) -> Tensor:
     """Lend a weight ``[O, I]``, or experts' ``[E, O, I]``, to TE's module ``name`` beside ``owner``, and call that."""
     companions = _companions(owner)
-    if companions.made_for != (x.device, pow2_scales):
-        companions.made_for = (x.device, pow2_scales)
-        companions.modules, companions.held = {}, {}
+    if companions.device != x.device:
+        companions.device, companions.modules, companions.held = x.device, {}, {}
     te = _te(x)
     module = companions.modules.get(name)
     if module is None:

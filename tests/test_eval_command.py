@@ -253,6 +253,7 @@ RUN = ["--checkpoint", "CHECKPOINT", "--tasks", "drawn", "--include-path", "OWN"
         (["--contamination", "corpus", "--ngram", "0"], "--ngram 0: must be at least 1"),
         (["--contamination", "corpus"], "--contamination: would fetch every benchmark; give --data FOLDER"),
         (["--contamination", "x", "--data", "DATA", "--tasks", "gsm8k"], "--contamination: .*no file .*gsm8k"),
+        (["--contamination", "x", "--data", "DATA", "--tasks", "c3, gsm8k"], "--contamination: .*no file .*gsm8k"),
         (["--contamination", "nowhere.txt", "--data", "DATA"], "nowhere.txt: there is no file"),
         (["--check-data", "--data", "OWN"], "--check-data: no data at hand; name their folder"),
     ],
@@ -343,6 +344,9 @@ def test_contamination_finds_a_record_in_files_of_any_kind(made, run, tmp_path):
         assert "dsv3: no data of " in result.err
     shorter = run(*words, tmp_path / "plain", "--ngram", 2, "--tasks", "c3")
     assert overlapping(shorter.out)["dsv3_c3"][0] == "3"
+    group = run(*words, tmp_path / "plain", "--tasks", "dsv3_zh")
+    assert list(overlapping(group.out)) == ["dsv3_c3"]
+    assert "dsv3: no data of " in group.err
     other = run(*words, tmp_path / "plain", "--ngram", len(QUESTION) + 1)
     assert overlapping(other.out)["dsv3_c3"] == ["3", "3", "0", "-"]
 

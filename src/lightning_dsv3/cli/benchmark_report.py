@@ -98,8 +98,11 @@ def _contamination(options: argparse.Namespace, names: Sequence[str]) -> int:
         raise ConfigError("--contamination: would fetch every benchmark; give --data FOLDER, or name some in --tasks")
     at_hand = [name for name in names if data.found(name)]
     if missing := [name for name in names if name not in at_hand]:
-        if options.tasks is not None or not at_hand:
-            raise ConfigError(f"--contamination: {data.coverage(missing[0]).missing}")
+        # As in an evaluation: a group goes on without the members whose data are absent, a named one is an error.
+        words = {word.strip() for word in (options.tasks or "").split(",")}
+        named = [name for name in missing if {name, task_name(name)} & words]
+        if named or not at_hand:
+            raise ConfigError(f"--contamination: {data.coverage((named or missing)[0]).missing}")
         print(f"dsv3: no data of {', '.join(map(task_name, missing))}", file=sys.stderr)
     sources = _sources(options.contamination, options.field)
     overlaps = find_overlaps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -54,6 +55,8 @@ def doctor(words: Sequence[str]) -> int:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         print(json.dumps({"format": 1, "error": problem}) if options.json else f"torch does not load: {problem}")
         return 0
+    if options.compile:
+        print("dsv3: compiling the Triton kernels, which takes a minute or more", file=sys.stderr)
     report = examine(run, compile_kernels=options.compile)
     print(json.dumps(report, indent=2) if options.json else as_text(report, run.name))
     return 0

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_model
 
-from lightning_dsv3.inference import LatentCache, extend
+from lightning_dsv3.inference import LatentCache, extend, reads
+from lightning_dsv3.inference.cache import extend_rows
 from lightning_dsv3.layers import mla
+from lightning_dsv3.ops import latent_attention
 from lightning_dsv3.parallel import checkpoint_blocks, compile_model
 
 YARN = {
@@ -59,14 +61,19 @@ class Texts:
         assert self.cache.lengths == [len(text) for text in self.texts]
 
 
-@pytest.fixture(params=["absorbed", "expanded", "the_cheaper"])
+@pytest.fixture(params=["absorbed", "expanded", "absorbed, fused", "expanded, fused", "as chosen"])
 def form(request, monkeypatch):
-    if request.param != "the_cheaper":
-        monkeypatch.setattr(mla, "absorbed_is_cheaper", lambda *_, **__: request.param == "absorbed")
+    form, _, fused = request.param.partition(", ")
+    if form != "as chosen":
+        monkeypatch.setattr(mla, "absorbed_is_cheaper", lambda *_, **__: form == "absorbed")
+        monkeypatch.setattr(latent_attention, "_FUSED_QUERIES", 1 if fused else 10**9)
+        # Every row of another length by itself.
+        monkeypatch.setattr(reads, "_LITTLE", 0)
+        monkeypatch.setattr(reads, "_MOST_PADDING", 0)
 
 
 @pytest.mark.usefixtures("form")
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_sequence_of_passes_forks_and_truncations_equals_the_plain_forward(model, data):
     rows = data.draw(st.integers(1, 3), "rows")
@@ -158,8 +165,6 @@ def test_branches_that_stand_together_are_read_in_one_product():
 
 
 def test_queries_in_slices_are_the_same(monkeypatch):
-    from lightning_dsv3.ops import latent_attention
-
     model = tiny_model()
     ids = tokens(0, 2, 30)
     whole = LatentCache(model.config, 2)
@@ -167,6 +172,35 @@ def test_queries_in_slices_are_the_same(monkeypatch):
     expected = extend(model, whole.fork([0, 1]), ids[:, 10:]).hidden
     monkeypatch.setattr(latent_attention, "_MOST_SCORES", 700)
     torch.testing.assert_close(extend(model, whole.fork([0, 1]), ids[:, 10:]).hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [[40, 38, 3, 2, 9], [5, 5, 5]])
+def test_rows_of_any_lengths_behind_any_prefixes_are_those_of_each_text(counts):
+    model = tiny_model()
+    prefixes = [tokens(n, 9 + n).tolist() for n in range(2)]
+    news = [tokens(10 + n, count).tolist() for n, count in enumerate(counts)]
+    cache = LatentCache(model.config, 2)
+    first = extend_rows(model, cache, prefixes)
+    of = [0 if row < 3 else 1 for row in range(len(news))]
+    hidden = [*first.split([9, 10]), *extend_rows(model, cache.fork(of), news).split(counts)]
+    texts = [*prefixes, *(prefixes[at] + new for at, new in zip(of, news, strict=True))]
+    for states, text in zip(hidden, texts, strict=True):
+        expected = plain_logits(model, text)[-len(states) :]
+        torch.testing.assert_close(model.head(states), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_like_length_are_read_together():
+    model = tiny_model()
+    config = model.config
+    cache = LatentCache(config, 1)
+    extend(model, cache, tokens(0, 1, 500))
+    news = [300, 290, 30, 20]
+    with torch.no_grad():
+        extension = cache.fork([0] * 4).prepare(300, news)
+        latent = torch.zeros(1, sum(news), config.kv_lora_rank + config.qk_rope_head_dim)
+        segments = extension.append(0, latent)
+    found = [(s.rows.start, s.rows.stop, s.branches, s.num_queries, s.is_causal) for s in segments]
+    assert found == [(0, 2, 2, 300, False), (2, 4, 2, 30, False), (0, 2, 1, 300, True), (2, 4, 1, 30, True)]
 
 
 def test_bfloat16_stays_near_float32():

@@ -58,11 +58,6 @@ def uses_te(backend: str, x: Tensor) -> bool:
     return (chosen("fp8", x) if backend == "auto" else backend) == "te"
 
 
-def te_refusal(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Return why TE cannot compute here; None where it can."""
-    return refusals("fp8", Case(device, dtype, True, ()))["te"]
-
-
 @dataclass
 class MicroBatches:
     """Tells converted modules which of their forward passes in training have the same weights.
@@ -113,8 +108,7 @@ def te_linear(owner: nn.Module, x_TI: Tensor, weight_OI: Tensor, pow2_scales: bo
     Raises:
         ValueError: TE cannot compute on this device.
     """
-    x = _padded(x_TI)
-    return _product(owner, "Linear", x, weight_OI, pow2_scales)[: x_TI.shape[0]]
+    return _first_rows(_product(owner, "Linear", _padded(x_TI), weight_OI, pow2_scales), x_TI.shape[0])
 
 
 @torch.compiler.disable
@@ -125,9 +119,8 @@ def te_norm_linear(
 
     TE takes the norm's weight in the dtype of ``x_TI``; the norm itself is computed in float32, as elsewhere.
     """
-    x = _padded(x_TI)
-    y = _product(owner, "LayerNormLinear", x, weight_OI, pow2_scales, norm=(norm_weight_I, eps))
-    return y[: x_TI.shape[0]]
+    y = _product(owner, "LayerNormLinear", _padded(x_TI), weight_OI, pow2_scales, norm=(norm_weight_I, eps))
+    return _first_rows(y, x_TI.shape[0])
 
 
 @torch.compiler.disable
@@ -148,8 +141,8 @@ def te_experts(
         x_ND, gate_N = F.pad(x_ND, (0, 0, 0, _ALIGN)), F.pad(gate_N, (0, _ALIGN))
     z_NG = _product(owner, "GroupedLinear gate_up", x_ND, gate_up_EGD, pow2_scales, rows)
     h_NF = gated_swiglu(z_NG, gate_N)
-    y_ND = _product(owner, "GroupedLinear down", h_NF, down_EDF, pow2_scales, rows)[:slots]
-    return combine(y_ND, plan, x_TD.shape[0])
+    y_ND = _product(owner, "GroupedLinear down", h_NF, down_EDF, pow2_scales, rows)
+    return combine(_first_rows(y_ND, slots), plan, x_TD.shape[0])
 
 
 def _product(
@@ -195,7 +188,7 @@ def _product(
 
 def _te(x: Tensor) -> ModuleType:
     te = library("transformer_engine").module
-    reason = te_refusal(x.device.type, x.dtype)
+    reason = refusals("fp8", Case(x.device.type, x.dtype, torch.is_grad_enabled()))["te"]
     if te is None or reason is not None:
         raise ValueError(
             f"FP8 by Transformer Engine on {x.device.type}: {reason}; move the model, or use backend='emulate'"
@@ -297,3 +290,8 @@ def _lent(weight: Tensor) -> tuple[Sequence[Tensor], _Gradient | None]:
 def _padded(x_TI: Tensor) -> Tensor:
     missing = max(_ALIGN, -(-x_TI.shape[0] // _ALIGN) * _ALIGN) - x_TI.shape[0]
     return F.pad(x_TI, (0, 0, 0, missing)) if missing else x_TI
+
+
+def _first_rows(y: Tensor, rows: int) -> Tensor:
+    # The gradient of a slice is a copy, also where nothing was cut off.
+    return y[:rows] if y.shape[0] > rows else y

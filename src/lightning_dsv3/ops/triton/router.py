@@ -67,7 +67,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 def _affinity(z_TS, is_expert_TS, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
     if SOFTMAX:
         z_TS = tl.where(is_expert_TS, z_TS, float("-inf"))
-        exp_TS = tl.where(is_expert_TS, _exp(z_TS - tl.max(z_TS, axis=1)[:, None]), 0.0)
+        exp_TS = _exp(z_TS - tl.max(z_TS, axis=1)[:, None])
         s_TS = tl.div_rn(exp_TS, tl.sum(exp_TS, axis=1)[:, None] + tl.zeros_like(exp_TS))
     else:
         s_TS = tl.div_rn(tl.full(z_TS.shape, 1.0, tl.float32), 1.0 + _exp(-z_TS))
@@ -84,7 +84,7 @@ def _exclude_groups(  # type: ignore[no-untyped-def]
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Set the experts of all but KEPT groups to -inf."""
+    """Set all but KEPT groups to -inf; their slots without an expert have no number that could be found."""
     order_TGm = tl.reshape(order_TS, [BLOCK_T, BLOCK_G, BLOCK_M])
     member_m = tl.arange(0, BLOCK_M)[None, None, :]
     left_TGm = order_TGm
@@ -151,7 +151,6 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     order_TS = tl.where(is_expert_TS, _order(choice_TS), _TAKEN)
     if KEPT < G:
         order_TS = _exclude_groups(order_TS, G, KEPT, IN_SCORE, BLOCK_T, BLOCK_G, BLOCK_M)
-        order_TS = tl.where(is_expert_TS, order_TS, _TAKEN)
 
     k_K = tl.arange(0, BLOCK_K)[None, :]
     gates_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)

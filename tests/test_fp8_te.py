@@ -195,8 +195,9 @@ class TestLinear:
         assert companions.device == torch.device("cpu")
 
     def test_without_autocast_and_in_bf16_throughout(self, calls):
-        for dtype in (torch.float32, torch.bfloat16):
-            layers = [both(FP8Linear(32, 16).to(dtype), backend) for backend in ("te", "emulate")]
+        float32, bf16 = torch.float32, torch.bfloat16
+        for weight_dtype, dtype in ((float32, float32), (bf16, bf16), (float32, bf16)):
+            layers = [both(FP8Linear(32, 16).to(weight_dtype), backend) for backend in ("te", "emulate")]
             layers[1].load_state_dict(layers[0].state_dict())
             x = torch.randn(9, 32, dtype=dtype)
             for layer in layers:

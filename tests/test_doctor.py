@@ -169,6 +169,9 @@ class TestHopper:
         printed = text(capsys, "model=671b")
         assert "cuda:1  NVIDIA H100, capability 9.0, 80.0 GiB, 132 multiprocessors" in printed
         assert "2.28.9" in printed
+        # What holds for one dtype alone names it, once.
+        assert "flex: only by kernels.attention=flex" in printed
+        assert "documents to skip (bfloat16)" in " ".join(printed.split())
 
     def test_with_transformer_engine(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         fake(monkeypatch, "transformer_engine.pytorch", is_fp8_block_scaling_available=lambda return_reason: (True, ""))

@@ -159,14 +159,6 @@ def _beyond_window(lm: Any, samples: Sequence[Mapping[str, Any]]) -> int | None:
     return count
 
 
-def above_chance(row: Mapping[str, Any]) -> float | None:
-    """Return how many standard errors the headline is above chance."""
-    headline = row["metrics"].get(row["metric"], {})
-    if row["chance"] is None or not headline.get("stderr"):
-        return None
-    return float((headline["value"] - row["chance"]) / headline["stderr"])
-
-
 # Texts
 
 

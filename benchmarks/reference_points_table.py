@@ -30,6 +30,14 @@ def describe(row: Mapping[str, Any]) -> str:
     return "  ".join(words)
 
 
+def above_chance(row: Mapping[str, Any]) -> float | None:
+    """Return how many standard errors ``acc`` is above chance; None where there is no chance or no error."""
+    acc = row["metrics"].get("acc")
+    if row["chance"] is None or acc is None or not acc["stderr"]:
+        return None
+    return float((acc["value"] - row["chance"]) / acc["stderr"])
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the whole result as a page."""
     lines = ["# Reference points", "", f"The question: {result['question']}."]
@@ -55,7 +63,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["task", "shots", "records", "headline", "acc", "acc_norm", "chance", "above chance", "bits/byte", "cut"]
     body = []
     for row in rows:
-        above = row["above_chance"]
+        above = above_chance(row)
         body.append(
             [
                 row["task"],
@@ -70,8 +78,8 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             ]
         )
     notes = (
-        "± is one standard error; chance is the mean of one over the number of options, and `above chance` is of the "
-        "headline. `bits/byte` is of the right option. `cut`: records whose prompt loses its beginning, as it is "
+        "± is one standard error; chance is the mean of one over the number of options, and `above chance` is of "
+        "acc. `bits/byte` is of the right option. `cut`: records whose prompt loses its beginning, as it is "
         "longer than the window."
     )
     return [*_table(head, body), "", notes]

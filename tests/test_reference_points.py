@@ -52,7 +52,8 @@ def points(monkeypatch):
     source = given_documents("prose", TEXTS)
     monkeypatch.setattr(reference_points, "DOMAINS", ("prose",))
     monkeypatch.setattr(reference_points, "default_corpus", lambda *_: ([source], []))
-    monkeypatch.setattr(reference_points, "TEXTS", {"songs.py": (source.name, next(source.read()).id)})
+    monkeypatch.setattr(reference_points, "TEXTS", {"songs": (source.name, next(source.read()).id)})
+    monkeypatch.setattr(reference_points, "LONGER", "songs")
     monkeypatch.setattr(reference_points, "NOVEL", source.name)
     monkeypatch.setattr(reference_points, "TEXT_TOKENS", 20)
     monkeypatch.setattr(reference_points, "WINDOW", 96)
@@ -162,11 +163,11 @@ def test_chance_is_of_each_record_and_shots_are_those_asked_for(points, llama, t
     assert piqa["chance"] == 0.5
     assert arc["shots"] == 0
     assert arc["chance"] == pytest.approx((1 / 4 + 1 / 3) / 2)
-    assert arc["above_chance"] == points.above_chance(arc)
+    assert set(arc["metrics"]) > {"acc_uncond", "acc", "acc_norm", "bpb"}
 
 
 def test_above_chance_is_told_in_standard_errors(points):
-    row = {"metric": "acc", "metrics": {"acc": {"value": 0.5, "stderr": 0.05}}, "chance": 0.25}
+    row = {"metrics": {"acc": {"value": 0.5, "stderr": 0.05}}, "chance": 0.25}
     assert points.above_chance(row) == pytest.approx(5.0)
     assert points.above_chance({**row, "chance": None}) is None
     assert points.above_chance({**row, "metrics": {"acc": {"value": 1.0, "stderr": 0.0}}}) is None
@@ -228,7 +229,7 @@ def test_a_checkpoint_that_is_missing_is_one_error(points, capsys):
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_pretrained_model_knows_english(monkeypatch, tmp_path):
-    """The real one: bits per byte near what was measured of it before, and above chance where data are at hand."""
+    """The real one: as in the committed result, and above chance where data are at hand."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.delenv("LIGHTNING_DSV3_CACHE", raising=False)
     import reference_points
@@ -240,7 +241,11 @@ def test_the_pretrained_model_knows_english(monkeypatch, tmp_path):
         monkeypatch.setattr(reference_points, "PRETRAINED", asked)
     path = tmp_path / "points.json"
     reference_points.main(["--parts", *names, "--output", str(path)])
-    rows = json.loads(path.read_text())["parts"]["pretrained_texts"]["rows"]
-    measured = {row["text"].partition(",")[0]: row["plain"] for row in rows if "beginning" in row["text"]}
-    expected = {"Hamlet": 1.58, "三国演义": 2.89, "idioms": 2.83, "asyncio/queues.py": 0.65, "Bessel functions": 0.93}
-    assert measured == pytest.approx(expected, abs=0.3)
+    now, before = (
+        {row["text"]: row["plain"] for row in json.loads(file.read_text())["parts"]["pretrained_texts"]["rows"]}
+        for file in (path, ROOT / "benchmarks" / "results" / "reference_points.json")
+    )
+    # Those from pinned wheels; the others are as this Python and this sympy have them.
+    for name in ("Hamlet, beginning", "三国演义, beginning", "idioms, beginning"):
+        assert now[name] == pytest.approx(before[name], abs=1e-3)
+    assert now["asyncio/queues.py, beginning"] < 1

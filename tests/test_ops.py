@@ -182,7 +182,7 @@ def test_the_table_of_kernels_chooses_the_grouped_product(monkeypatch: pytest.Mo
     x, w, ends = torch.randn(6, 8), torch.randn(2, 4, 8), torch.tensor([2, 6], dtype=torch.int32)
     expected = grouped_matmul(x, w, ends)
     with forced_kernels(grouped_matmul="grouped_mm"):
-        assert grouped_matmul(x[:0], w, ends[:0].new_zeros(2)).shape == (0, 4)
+        assert grouped_matmul(torch.empty(0, 7), torch.randn(2, 4, 7), torch.zeros_like(ends)).shape == (0, 4)
         with pytest.raises(ValueError, match="a width of 7 numbers is no multiple of 16 bytes"):
             grouped_matmul(torch.randn(6, 7), torch.randn(2, 4, 7), ends)
         with pytest.raises(ValueError, match="operands of two dtypes"):

@@ -21,7 +21,8 @@ A tile with a NaN or an infinity becomes NaN throughout, its scale too: E4M3 has
 both. So a broken number stays visible, as in BF16, and nothing waits for the GPU to look for one. Also as in BF16, what
 rounds to a number above float32's largest (from 3.3e38 on) is infinite when it is dequantised.
 
-Memory: the functions go through a matrix in bands of rows, so that float32 copies are no larger than a band.
+Memory: the functions go through a matrix in bands of rows, so that float32 copies are no larger than a band. Triton's
+kernels, which give the same bits, make none.
 """
 
 from __future__ import annotations

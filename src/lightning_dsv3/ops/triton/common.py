@@ -39,6 +39,9 @@ INTERP = tl.constexpr(is_interpreted())
 ALIGNED = 16
 """A pointer or integer that is a multiple of this allows wide loads; the launcher finds out at each call."""
 
+INPUTS = (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False), ("fp32", True))
+"""What is compiled ahead: a dtype, and whether widths are odd, which takes more registers."""
+
 
 class Config(NamedTuple):
     """How a kernel is launched.

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_dsv3.ops.triton.common import CompileCase, Config, on_device, round_to, to_float32
+from lightning_dsv3.ops.triton.common import INPUTS, CompileCase, Config, on_device, round_to, to_float32
 
 # 16 bytes of bfloat16 for each thread and row.
 _ROWS = Config({"ROWS": 4, "COLS": 1024}, num_warps=4)
@@ -106,7 +106,7 @@ def dots(a_TD: Tensor, b_ND: Tensor, pair_slot_N: Tensor) -> Tensor:
     choices = pair_slot_N.shape[0] // max(tokens, 1)
     out_TK = torch.empty(tokens, choices, dtype=torch.float32, device=a_TD.device)
     if out_TK.numel():
-        # The programs of a token's K slots run side by side and find its row in the cache.
+        # The programs of a token's K slots stand side by side, so that its row can be in the cache.
         grid = (triton.cdiv(tokens, _DOTS.constexprs["ROWS"]) * choices,)
         with on_device(a_TD):
             _dots_kernel[grid](a_TD, b_ND, pair_slot_N, out_TK, tokens, D=width, K=choices, **_DOTS.keywords)
@@ -215,7 +215,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
 
 
 def _cases() -> Iterator[CompileCase]:
-    for dtype, odd in itertools.product(("bf16", "fp32"), (False, True)):
+    for dtype, odd in INPUTS:
         rows, sizes = f"*{dtype}", {"tokens": "i32", "width": "i32"}
         of = f"{dtype}{', odd width' if odd else ''}"
         unaligned = frozenset({"tokens", "width"} if odd else {"tokens"})

@@ -278,8 +278,13 @@ class TestLibraries:
     """Fake packages, and a machine that has a GPU."""
 
     @pytest.fixture(autouse=True)
-    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        before = set(sys.modules)
+        yield
+        for name in set(sys.modules) - before:
+            if name.startswith(("transformer_engine", "liger_kernel", "flash_attn_interface")):
+                del sys.modules[name]
 
     @staticmethod
     def fake(monkeypatch: pytest.MonkeyPatch, folder: Path, module: str, code: str) -> None:

@@ -41,7 +41,7 @@ class FP8Monitor(Callback):
         per_layer: Log the figures of every module, not only the largest: nine for each.
 
     Raises:
-        MisconfigurationException: No module computes in emulated FP8, or ``every_n_steps`` is less than 1.
+        MisconfigurationException: No module computes in FP8, or ``every_n_steps`` is less than 1.
 
     Example:
         >>> from lightning.pytorch import Trainer

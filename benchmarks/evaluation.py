@@ -125,6 +125,9 @@ def export(folder: Path, checkpoint: Path | None) -> Path:
     names = {kind: tokenizer.id_to_token(index) for index, kind in enumerate(("bos_token", "eos_token", "pad_token"))}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    # Without it hf's rows go on behind the end of a text while others of their batch are written.
+    ends = {kind.replace("token", "token_id"): tokenizer.token_to_id(name) for kind, name in names.items()}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
     return folder
 
 

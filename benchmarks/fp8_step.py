@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import Bench, measure_ceilings, name_of, versions
+from kernel_speed import Bench, measure_ceilings, name_of, versions
 from torch import Tensor
 from train_step import step_flops
 

@@ -104,7 +104,7 @@ def crossover(values: Mapping[str, Any], context: int, repeats: int) -> dict[str
 
     Returns:
         ``measured``, the number of queries from which on the expanded form is quicker, of those that were tried;
-        ``counted``, from which on it takes fewer multiplications, by the package's rule; ``largest_loss``, what
+        ``counted``, from which on the package takes it, by its rule; ``largest_loss``, what
         following that rule costs at the most, over the quicker form; and the points themselves.
     """
     config = DeepSeekV3Config(**values)

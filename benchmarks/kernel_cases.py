@@ -1,4 +1,4 @@
-"""What ``kernels.py`` measures: operands, the work that cannot be avoided, and Transformer Engine's forms."""
+"""What ``kernel_speed.py`` measures: operands, the work that cannot be avoided, and Transformer Engine's forms."""
 
 from __future__ import annotations
 

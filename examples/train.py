@@ -16,8 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
 from lightning_dsv3 import DeepSeekV3DataModule, DeepSeekV3Module
-from lightning_dsv3.callbacks import AuxFreeBalanceCallback, ExpertLoadMonitor, RunFolder, StepProgressBar
-from lightning_dsv3.callbacks.kernel_choice import KernelChoice
+from lightning_dsv3.callbacks import (
+    AuxFreeBalanceCallback,
+    ExpertLoadMonitor,
+    KernelChoice,
+    RunFolder,
+    StepProgressBar,
+)
 from lightning_dsv3.cli.trainer_arguments import trainer_arguments
 from lightning_dsv3.config import ConfigError, load_run_config
 from lightning_dsv3.parallel import checkpoint_blocks, compile_model

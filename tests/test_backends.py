@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_dsv3.pytorch_lightning
-from lightning_dsv3.callbacks.kernel_choice import KernelChoice
+from lightning_dsv3.callbacks import KernelChoice
 from lightning_dsv3.config import KERNELS, ConfigError, KernelConfig, load_run_config
 from lightning_dsv3.module import DeepSeekV3Module
 from lightning_dsv3.ops import backends

@@ -23,9 +23,9 @@ def benchmarks(monkeypatch):
 
 
 def test_every_kernel_has_a_row_or_a_reason(benchmarks, tmp_path, capsys):
-    import kernels
+    import kernel_speed
 
-    kernels.main(["--small", "--device", "cpu", "--repeats", "4", "--output", str(tmp_path / "result.json")])
+    kernel_speed.main(["--small", "--device", "cpu", "--repeats", "4", "--output", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert all(rate > 0 for rate in result["ceilings"].values())
     measured = {(row["op"], row["implementation"]) for row in result["rows"] if "seconds" in row}
@@ -47,33 +47,33 @@ def test_every_kernel_has_a_row_or_a_reason(benchmarks, tmp_path, capsys):
 
 
 def test_a_wrong_kernel_shows_in_its_error(benchmarks, tmp_path, monkeypatch):
-    import kernels
+    import kernel_speed
 
     from lightning_dsv3.ops import dispatch
 
     loop = dispatch.grouped_matmul_loop
     monkeypatch.setattr(dispatch, "grouped_matmul_loop", lambda *operands: 1.5 * loop(*operands))
     words = ["--small", "--device", "cpu", "--repeats", "4", "--ops", "grouped_matmul"]
-    kernels.main([*words, "--output", str(tmp_path / "result.json")])
+    kernel_speed.main([*words, "--output", str(tmp_path / "result.json")])
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     error = next(row["error"] for row in rows if row["implementation"] == "grouped_mm" and row["pass"] == "forward")
     assert error == pytest.approx(1 / 3, rel=1e-4)
 
 
 def test_what_there_is_no_time_for_is_named(benchmarks, tmp_path):
-    import kernels
+    import kernel_speed
 
     words = ["--small", "--device", "cpu", "--ops", "norm", "--seconds", "0"]
-    kernels.main([*words, "--output", str(tmp_path / "result.json")])
+    kernel_speed.main([*words, "--output", str(tmp_path / "result.json")])
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["left_out"] for row in rows] == ["the 0 seconds were over"]
 
 
 def test_full_shapes_on_a_cpu_are_refused(benchmarks, capsys):
-    import kernels
+    import kernel_speed
 
     with pytest.raises(SystemExit):
-        kernels.main(["--device", "cpu"])
+        kernel_speed.main(["--device", "cpu"])
     assert "--small" in capsys.readouterr().err
 
 

@@ -54,7 +54,7 @@ class ExpertLoadMonitor(callbacks.ExpertLoadMonitor, pl.Callback):  # type: igno
     """:class:`lightning_dsv3.callbacks.ExpertLoadMonitor` as a ``pytorch_lightning.Callback``."""
 
 
-class FP8BlockPrecision(FP8BlockSteps, Precision):
+class FP8BlockPrecision(FP8BlockSteps, Precision):  # type: ignore[misc]
     """:class:`lightning_dsv3.precision.FP8BlockPrecision` as a plugin of ``pytorch_lightning.Trainer``.
 
     Example:

@@ -44,6 +44,7 @@ key=value, anywhere:
   goes to the script, which reads it over its defaults: model=16b chooses a preset, model.num_hidden_layers=4
   changes one field of it. trainer.devices, trainer.num_nodes, trainer.accelerator, trainer.strategy and
   trainer.precision mean the same as the options above, so give either.
+  kernels.router=torch forces an implementation ("dsv3 doctor" lists them).
   Unknown options after the script, and everything after '--', also go to the script.
 
 Ctrl-C lets the script save and ends with exit code 130; a second Ctrl-C ends it at once.

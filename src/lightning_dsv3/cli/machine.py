@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
-import pkgutil
 import platform
 import shutil
 import time
@@ -271,15 +270,15 @@ def compiled_kernels() -> Iterator[Answer]:
     capability = torch.cuda.get_device_capability() if gpu_reason() is None else (9, 0)
     target = capability[0] * 10 + capability[1]
     try:
-        from lightning_dsv3.ops import triton as folder
+        from lightning_dsv3.ops.triton.common import compile_ahead, kernel_modules
 
-        names = [module.name for module in pkgutil.iter_modules(folder.__path__) if module.name != "common"]
+        names = kernel_modules()
     except Exception as error:
         yield {"kernel": "all", "target": f"sm_{target}", "error": _failure(error)}
         return
     for name in names:
         try:
-            cases = importlib.import_module(f"{folder.__name__}.{name}").COMPILED
+            cases = importlib.import_module(f"lightning_dsv3.ops.triton.{name}").COMPILED
         except Exception as error:
             yield {"kernel": name, "target": f"sm_{target}", "error": _failure(error)}
             continue
@@ -287,33 +286,10 @@ def compiled_kernels() -> Iterator[Answer]:
             start = time.perf_counter()
             answer: Answer = {"kernel": f"{name}: {case.name}", "target": f"sm_{target}"}
             try:
-                answer["shared_memory"] = _compile(case, target)
+                answer["shared_memory"] = compile_ahead(case, target).metadata.shared
             except Exception as error:
                 answer["error"] = _failure(error)
             yield {**answer, "seconds": round(time.perf_counter() - start, 2)}
-
-
-def _compile(case: Any, target: int) -> int:
-    """Compile one case ahead of time; return the bytes of shared memory that a program takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from lightning_dsv3.ops.triton.common import ALIGNED
-
-    constants = {**case.config.constexprs, **case.constants}
-    names = case.kernel.arg_names
-    signature = {name: "constexpr" if name in constants else case.signature[name] for name in names}
-    aligned = {
-        (names.index(name),): [["tt.divisibility", ALIGNED]]
-        for name, kind in case.signature.items()
-        if kind.startswith(("*", "i")) and name not in case.unaligned
-    }
-    source = ASTSource(
-        case.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
-    )
-    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
-    return int(triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).metadata.shared)
 
 
 def _ask(question: Callable[[], Any]) -> Any:

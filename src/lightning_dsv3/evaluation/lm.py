@@ -200,8 +200,9 @@ class DSV3LM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, all its tokens; those too long are scored in windows.
 
-        As with ``hf``, windows do not overlap, and each but the first sees one token before it. A begin of sentence is
-        what the first is predicted from and is not scored itself.
+        As with ``hf``, each token is scored in one window, and each window but the first sees one token before those it
+        scores; the last one is filled up from behind. A begin of sentence is what the first token is predicted from
+        and is not scored itself.
         """
         windows: list[tuple[None, list[int], list[int]]] = []
         owner: list[int] = []

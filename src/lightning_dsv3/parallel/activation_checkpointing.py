@@ -6,7 +6,7 @@
 
 A choice that is repeated can differ from the first one where kernels are not deterministic, and the backward then
 belongs to another forward; `keep_routing` rules that out. Affinities are recomputed in both, as the gate's gradient
-needs them.
+needs them; where one kernel makes them with the choice, `keep_routing` keeps them too, E floats per token.
 
 A block changes its class and nothing else, so that parameters' names, hooks and copies of the model stay what they are.
 """
@@ -34,12 +34,14 @@ from lightning_dsv3.ops.latent_attention import LayerCache
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-# In a block only the router calls topk, and only the dispatch sorts.
-_ROUTING_OPS = [torch.ops.aten.topk.default, torch.ops.aten.sort.stable]
+# In a block only the router calls topk, or its kernel, and only the dispatch sorts. By name, as the kernel's operator is
+# there only once its module has been imported.
+_ROUTING_OPS = {"aten::topk", "aten::sort", "lightning_dsv3::route"}
 
 
 def _routing_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    is_routing = op.name().partition(".")[0] in _ROUTING_OPS
+    return CheckpointPolicy.MUST_SAVE if is_routing else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _CheckpointedBlock(TransformerBlock):

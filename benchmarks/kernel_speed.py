@@ -1,9 +1,9 @@
 """How near do the kernels come to what the device can do, and to one another?
 
-    python benchmarks/kernels.py                                   DeepSeek-V3's widths on a GPU, four minutes at most
-    python benchmarks/kernels.py --output benchmarks/results/kernels.json
-    python benchmarks/kernels.py --small                           tiny shapes, on any machine
-    python benchmarks/kernels.py --ops router permute              some operations
+    python benchmarks/kernel_speed.py                                   DeepSeek-V3's widths on a GPU, four minutes at most
+    python benchmarks/kernel_speed.py --output benchmarks/results/kernels.json
+    python benchmarks/kernel_speed.py --small                           tiny shapes, on any machine
+    python benchmarks/kernel_speed.py --ops router permute              some operations
 
 Measured first: the ceilings, a large copy in GB/s and large matrix products in TFLOP/s (BF16, and FP8 with a scale per
 block where torch has it). Then each operation in each of its implementations (``kernels.<operation>=`` in a run's
@@ -82,7 +82,7 @@ def main(words: Sequence[str] | None = None) -> None:
             torch.cuda.empty_cache()
     result = {
         "question": "each operation in each implementation: time, rate, share of the device's ceiling, error",
-        "command": " ".join(["python benchmarks/kernels.py", *(sys.argv[1:] if words is None else words)]),
+        "command": " ".join(["python benchmarks/kernel_speed.py", *(sys.argv[1:] if words is None else words)]),
         "machine": {"device": name_of(device), "threads": torch.get_num_threads()},
         "versions": versions(),
         "ceilings": ceilings,

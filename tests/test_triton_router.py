@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tiny_model import tiny_model
 from torch import Tensor
 from triton_cases import poison_empty, run_interpreted
 
@@ -15,6 +16,7 @@ from lightning_dsv3.config import DeepSeekV3Config
 from lightning_dsv3.layers.router import Router
 from lightning_dsv3.ops.backends import Case, forced_kernels, is_interpreted, refusals
 from lightning_dsv3.ops.routing import Routed, affinity, choose_experts, gate_values, route, route_plain
+from lightning_dsv3.parallel import checkpoint_blocks
 
 pytest.importorskip("triton")
 
@@ -354,6 +356,32 @@ class TestInterpreted:
         torch.testing.assert_close(gradient, plain_gradient)
         assert counts.tolist() == plain_counts.tolist()
         assert int(counts.sum()) == 3 * (15 if mask else 21)
+
+    def test_kept_routing_is_not_launched_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from lightning_dsv3.ops.triton import router as kernels
+
+        launches = []
+
+        class Counted:
+            def __init__(self, kernel: Any) -> None:
+                self.kernel = kernel
+
+            def __getitem__(self, grid: tuple[int]) -> Any:
+                launches.append(grid)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(kernels, "_route_kernel", Counted(kernels._route_kernel))
+        ids, gradients = torch.randint(0, 64, (2, 9)), {}
+        for policy, expected in (("block", 4), ("keep_routing", 2)):
+            model = checkpoint_blocks(tiny_model().train(), policy)
+            launches.clear()
+            loss = model(ids, labels=ids).loss
+            assert len(launches) == 2 + len(model.mtp)
+            loss.backward()
+            assert len(launches) == expected + len(model.mtp)
+            gradients[policy] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for one, other in zip(*gradients.values(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_in_the_interpreter() -> None:

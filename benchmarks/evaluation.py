@@ -226,8 +226,9 @@ class Sides:
         row |= self._compare(requests, answers) if self.is_exact else self._flips(requests)
         print(
             f"{name:<8}{row['seconds']:>8.2f}{row['hf_seconds']:>8.2f}{row['ratio']:>8.2f}{row['bound']:>8.2f}"
-            f"{row['reached']:>9.0%}{counts.asked / 1e3:>10.1f}{counts.unique / 1e3:>10.1f}"
-            f"{counts.computed / 1e3:>10.1f}{self.hf_tokens / 1e3:>10.1f}{1 - counts.computed / counts.asked:>9.0%}"
+            f"{row['reached']:>9.0%}{row['tokens_asked'] / 1e3:>10.1f}{row['tokens_unique'] / 1e3:>10.1f}"
+            f"{row['tokens_computed'] / 1e3:>10.1f}{row['hf_tokens_computed'] / 1e3:>10.1f}"
+            f"{1 - row['tokens_computed'] / row['tokens_asked']:>9.0%}"
             f"{settings['batch']:>7} {settings['experts']}",
             flush=True,
         )

@@ -1,9 +1,9 @@
 """How near do the kernels come to what the device can do, and to one another?
 
-    python benchmarks/kernel_speed.py                                   DeepSeek-V3's widths on a GPU, four minutes at most
-    python benchmarks/kernel_speed.py --output benchmarks/results/kernels.json
-    python benchmarks/kernel_speed.py --small                           tiny shapes, on any machine
-    python benchmarks/kernel_speed.py --ops router permute              some operations
+    python benchmarks/kernel_speed.py                        DeepSeek-V3's widths on a GPU, four minutes at most
+    python benchmarks/kernel_speed.py --output benchmarks/results/kernel_speed.json
+    python benchmarks/kernel_speed.py --small                tiny shapes, on any machine
+    python benchmarks/kernel_speed.py --ops router permute   some operations
 
 Measured first: the ceilings, a large copy in GB/s and large matrix products in TFLOP/s (BF16, and FP8 with a scale per
 block where torch has it). Then each operation in each of its implementations (``kernels.<operation>=`` in a run's

@@ -19,8 +19,8 @@ class BitsPerByte(Metric):
     ``update`` takes
 
     - ``losses``: cross entropy of each target token in nats, any float dtype, any shape;
-    - ``token_bytes``: UTF-8 bytes of each target token, integers of the same shape; 0 for special tokens and for targets
-      that are ignored. Tokens of 0 bytes are left out of both sums.
+    - ``token_bytes``: UTF-8 bytes of each target token, integers of the same shape; 0 for special tokens and for
+      targets that are ignored. Tokens of 0 bytes are left out of both sums.
 
     ``compute`` returns a float64 scalar, nan before any byte was seen. Sums are kept in float64 and int64: a
     float32 sum stops growing exactly after some 16 million tokens.

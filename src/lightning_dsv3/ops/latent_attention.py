@@ -34,8 +34,8 @@ from lightning_dsv3.ops.attention import Positions
 
 # Scores that are in memory at a time; beyond it, queries are taken in slices.
 _MOST_SCORES = 1 << 25
-# What a multiplication of the expanded form takes over one of the absorbed form, as keys and values are written and read
-# once more: measured on a CPU for three widths of heads and three contexts, where it lies between 1.1 and 1.5.
+# What a multiplication of the expanded form takes over one of the absorbed form, as keys and values are written and
+# read once more: measured on a CPU for three widths of heads and three contexts, where it lies between 1.1 and 1.5.
 _EXPANDED_COST = 1.25
 # New tokens of a row from which the fused kernel is quicker than scores in memory.
 _FUSED_QUERIES = 8

@@ -34,8 +34,8 @@ from lightning_dsv3.ops.latent_attention import LayerCache
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-# In a block only the router calls topk, or its kernel, and only the dispatch sorts. By name, as the kernel's operator is
-# there only once its module has been imported.
+# In a block only the router calls topk, or its kernel, and only the dispatch sorts. By name, as the kernel's operator
+# is there only once its module has been imported.
 _ROUTING_OPS = {"aten::topk", "aten::sort", "lightning_dsv3::route"}
 
 

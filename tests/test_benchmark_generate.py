@@ -129,8 +129,8 @@ def test_crossover_times_both_forms_at_every_number_of_queries(tmp_path: Path, m
     assert {call: calls.count(call) for call in calls} == {
         (form, queries): 3 for form in ("absorbed_attention", "expanded_attention") for queries in (1, 3, 40)
     }
-    # 16 (12 + 12) / (2 * 16 - 12 - 12) = 48 queries for each slot of the cache.
-    assert row["counted"] == 49
+    # (2 * 16 + 8) q <= 1.25 ((12 + 8 + 12) q + 16 (12 + 12)) for any number q of queries.
+    assert row["counted"] is None
     assert row["largest_loss"] >= 0
 
 

@@ -79,7 +79,7 @@ def shell_commands(code: str) -> list[list[str]]:
             if word not in ("&&", "|", ";"):
                 words.append(word)
                 continue
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
                 words.pop(0)
             if words:
                 commands.append(words)
@@ -109,6 +109,10 @@ def check_command(words: list[str]) -> None:
         load_run_config([word for word in words[2:] if "=" in word])
     elif program == "lm_eval":
         check_lm_eval(words[1:])
+    elif program == "torchrun":
+        module = words.index("-m") + 1
+        assert words[module] == "lm_eval", f"no check knows what torchrun starts: {words[module]}"
+        check_lm_eval(words[module + 1 :])
     elif program == "make":
         targets = [word for word in words[1:] if "=" not in word]
         assert set(targets) <= make_targets(), f"the Makefile has no {targets}"

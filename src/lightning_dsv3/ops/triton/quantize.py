@@ -25,7 +25,7 @@ from lightning_dsv3.ops.triton.common import INPUTS, CompileCase, Config, on_dev
 _CONFIGS = {
     (1, 128): Config({"TILE_ROWS": 1, "TILE_COLS": 128, "ROWS": 32, "COLS": 128}, num_warps=4),
     (128, 128): Config({"TILE_ROWS": 128, "TILE_COLS": 128, "ROWS": 128, "COLS": 128}, num_warps=8),
-    (128, 1): Config({"TILE_ROWS": 128, "TILE_COLS": 1, "ROWS": 128, "COLS": 64}, num_warps=8),
+    (128, 1): Config({"TILE_ROWS": 128, "TILE_COLS": 1, "ROWS": 128, "COLS": 64}, num_warps=16),
 }
 _BOTH = Config({"BLOCK": 128, "PART": 32}, num_warps=8)
 

@@ -119,7 +119,6 @@ def main(words: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("lightning_dsv3").setLevel(logging.ERROR)  # of each text that is too long: they are counted
 
     command = " ".join(["python benchmarks/reference_points.py", *(sys.argv[1:] if words is None else words)])
     problems: list[str] = []
